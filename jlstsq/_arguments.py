@@ -1,0 +1,131 @@
+"""Shapes, dtypes, promotion and broadcasting of the public functions; every message of theirs."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._decompose import DRIVERS
+from ._numerics import real_dtype
+
+
+def check_driver(driver: Any) -> str:
+    """The driver's name in lower case; None is gelsy on every platform."""
+    if driver is None:
+        return "gelsy"
+    name = driver.lower() if isinstance(driver, str) else driver
+    if name not in DRIVERS:
+        raise ValueError(f"driver must be one of {', '.join(DRIVERS)} or None, got {driver!r}.")
+    return name
+
+
+def check_array(a: Any, name: str) -> jax.Array:
+    """a as a JAX array, of a dtype that can be computed in."""
+    if not isinstance(a, (jax.Array, np.ndarray, np.generic)) and not hasattr(a, "__jax_array__"):
+        raise TypeError(f"{name} must be a NumPy or JAX array, got {type(a).__name__}.")
+    a = jnp.asarray(a)
+    if not (jnp.issubdtype(a.dtype, jnp.number) or jnp.issubdtype(a.dtype, jnp.bool_)):
+        raise TypeError(f"{name} must hold numbers, got dtype {a.dtype}.")
+    return a
+
+
+class Dtypes(NamedTuple):
+    compute: Any  # float32, float64, complex64 or complex128
+    result: Any  # compute, or the half precision that came in
+    weak: bool
+
+
+def common_dtypes(*arrays: jax.Array) -> Dtypes:
+    """The dtype to compute in and the one to return: jnp's promotion, integers to float, half in float32."""
+    dtype = jnp.result_type(*arrays)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        dtype = jnp.result_type(float)
+    compute = jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+    return Dtypes(jnp.dtype(compute), jnp.dtype(dtype), all(_is_weak(a) for a in arrays))
+
+
+def _is_weak(a: jax.Array) -> bool:
+    return bool(getattr(jax.typeof(a), "weak_type", False))
+
+
+def is_vector(a: jax.Array, b: jax.Array) -> bool:
+    """Whether B is one right-hand side per matrix; the vector reading wins ties."""
+    return b.ndim == 1 or (b.ndim == a.ndim - 1 and b.shape == a.shape[:-1])
+
+
+def check_matrix(a: jax.Array) -> None:
+    if a.ndim < 2:
+        raise ValueError(f"A must have shape (*batch, m, n), at least 2 dimensions, got shape {a.shape}.")
+
+
+def check_right_hand_side(a_shape: tuple, b: jax.Array, vector: bool) -> tuple:
+    """The broadcast batch shape; raises where B does not fit A."""
+    if b.ndim == 0:
+        raise ValueError("B must have shape (*batch, m, k) or (*batch, m), got a scalar.")
+    m, rows = a_shape[-2], b.shape[-1] if vector else b.shape[-2]
+    if m != rows:
+        raise ValueError(
+            f"A and B must have the same number of rows: m of A is {m}, of B is {rows} "
+            f"(shapes {a_shape} and {b.shape})."
+        )
+    batch_b = b.shape[:-1] if vector else b.shape[:-2]
+    try:
+        return jnp.broadcast_shapes(a_shape[:-2], batch_b)
+    except ValueError as error:
+        raise ValueError(
+            f"the batch dimensions of A and B must broadcast: {a_shape[:-2]} of A, {batch_b} of B."
+        ) from error
+
+
+def resolve_rcond(rcond: Any, shape: tuple, dtype: Any) -> jax.Array:
+    """The threshold of each matrix, shape (*batch_a,): eps * max(m, n) for None, eps where negative."""
+    *batch, m, n = shape
+    real = real_dtype(dtype)
+    eps = float(jnp.finfo(real).eps)
+    if rcond is None:
+        # Beyond 1 / eps rows the product would call every matrix zero; xGELSD treats such values as eps.
+        default = eps * max(m, n)
+        return jnp.full(batch, default if default < 1 else eps, real)
+    if isinstance(rcond, (str, bytes, list, tuple)) or jnp.iscomplexobj(rcond):
+        raise TypeError(f"rcond must be a real number or array, got {type(rcond).__name__} {rcond!r}.")
+    value = jax.lax.stop_gradient(jnp.asarray(rcond)).astype(real)
+    try:
+        fits = jnp.broadcast_shapes(value.shape, tuple(batch)) == tuple(batch)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"rcond must broadcast to the batch dimensions of A: {value.shape} of rcond, {tuple(batch)} of A."
+        )
+    return jnp.broadcast_to(jnp.where(value < 0, eps, value), batch)
+
+
+def fold(b: jax.Array, batch_a: tuple, batch: tuple) -> tuple[jax.Array, list[int]]:
+    """B (*batch_b, m, k) as (*batch_a, m, K): batch dimensions in which A does not vary become columns.
+
+    Many right-hand sides against one matrix then share its factorisation. Returns the folded B and
+    the dimensions of `batch` that were folded, for `unfold`.
+    """
+    lead = len(batch) - len(batch_a)
+    padded_a = (1,) * lead + tuple(batch_a)
+    b = jnp.reshape(b, (1,) * (len(batch) + 2 - b.ndim) + b.shape)
+    folded = [i for i in range(len(batch)) if padded_a[i] == 1 and batch[i] != 1]
+    kept_shape = [1 if i in folded else d for i, d in enumerate(batch)]
+    target = [b.shape[i] if i in folded else d for i, d in enumerate(kept_shape)]
+    b = jnp.broadcast_to(b, (*target, *b.shape[-2:]))
+    # (…, folded dims as 1, m, folded dims, k)
+    moved = jnp.moveaxis(b, folded, range(len(batch) + 1 - len(folded), len(batch) + 1))
+    m = b.shape[-2]
+    columns = math.prod(batch[i] for i in folded) * b.shape[-1]
+    return jnp.reshape(moved, (*batch_a, m, columns)), folded
+
+
+def unfold(x: jax.Array, batch_a: tuple, batch: tuple, folded: list[int], k: Any) -> jax.Array:
+    """The inverse of `fold` on (*batch_a, K) or (*batch_a, rows, K)."""
+    rows = x.shape[len(batch_a) : -1]
+    rest = [d for i, d in enumerate(batch) if i not in folded]
+    x = jnp.reshape(x, (*rest, *rows, *(batch[i] for i in folded), k))
+    start = len(rest) + len(rows)
+    return jnp.moveaxis(x, range(start, start + len(folded)), folded)

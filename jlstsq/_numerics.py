@@ -1,0 +1,128 @@
+"""Small numerical tools that every other module uses: adjoint, exact products, exact scaling."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def H(a: jax.Array) -> jax.Array:
+    """The conjugate transpose of the last two axes."""
+    return a.mT.conj()
+
+
+def mm(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The matrix product at full precision: no TF32 on GPU, no bfloat16 passes on TPU."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def abs2(a: jax.Array) -> jax.Array:
+    """|a|^2 as a real array; unlike abs(a)**2 it has a derivative at zero."""
+    return a.real**2 + a.imag**2 if jnp.iscomplexobj(a) else a**2
+
+
+def real_dtype(dtype: Any) -> Any:
+    """The dtype of the absolute value."""
+    return jnp.finfo(dtype).dtype
+
+
+def identity_like(a: jax.Array) -> jax.Array:
+    """Identity matrices of the shape, dtype and batch of the square a."""
+    return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+
+
+def triangular_solve(
+    r: jax.Array, b: jax.Array, *, lower: bool = False, adjoint: bool = False
+) -> jax.Array:
+    """R^-1 b, or R^-H b, for a triangular R."""
+    return lax.linalg.triangular_solve(
+        r, b, left_side=True, lower=lower, transpose_a=adjoint, conjugate_a=adjoint
+    )
+
+
+def where_matrix(condition: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """a where the batch element's condition holds, b elsewhere."""
+    return jnp.where(condition[..., None, None], a, b)
+
+
+def largest_entry(a: jax.Array, axis: int | tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    """The largest modulus among the finite entries (max norm of re, im), and whether all are finite."""
+    a = lax.stop_gradient(a)
+    size = jnp.maximum(abs(a.real), abs(a.imag)) if jnp.iscomplexobj(a) else abs(a)
+    finite = jnp.isfinite(size)
+    zero = jnp.zeros((), size.dtype)
+    return jnp.where(finite, size, zero).max(axis, initial=0), finite.all(axis)
+
+
+def power_of_two(size: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A power of two next to size, and its exact inverse; 1 for size zero.
+
+    Rounding to no mantissa bits is exact and, unlike a bit cast, exists for float64 on TPU. The
+    exponent stays two away from the ends of the range, so that the inverse is a normal number.
+    """
+    info = jnp.finfo(size.dtype)
+    size = jnp.where(size > 0, size, jnp.ones_like(size))
+    size = jnp.clip(size, info.tiny * 4, info.max / 4)
+    # the exponent's width: tiny = 2^(2 - 2^(bits - 1))
+    power = lax.reduce_precision(size, exponent_bits=info.nexp, mantissa_bits=0)
+    return power, 1 / power
+
+
+def scale_by(a: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+    """a * up * down, powers of two, without overflow or underflow on the way to a normal result."""
+    same = (up > 1) == (down > 1)
+    ratio = up * down
+    one = jnp.ones_like(ratio)
+    first, second = jnp.where(same, up, ratio), jnp.where(same, down, one)
+    return a * first.astype(a.dtype) * second.astype(a.dtype)
+
+
+def native_batch(fun: Callable, matrices: int, columns_out: tuple[bool, ...]) -> Callable:
+    """Let a user's vmap land on the batch dimensions that `fun` already has.
+
+    `fun(*args)` takes arrays with common leading batch dimensions and returns a tuple. Its first
+    `matrices` arguments belong to the matrix A, the others are right-hand sides whose last axis
+    counts columns, as the last axis of the outputs marked in `columns_out` does. Where vmap batches
+    only right-hand sides, they become more columns against the one matrix. `lax.cond` inside `fun`
+    then sees one scalar predicate and stays a branch, where plain vmap would run both sides.
+
+    Only for use inside the primal of a custom_jvp: custom_vmap has no reverse mode.
+    """
+    batched = jax.custom_batching.custom_vmap(fun)
+
+    @batched.def_vmap
+    def rule(size, in_batched, *args):
+        if any(in_batched[:matrices]):
+            args = [
+                a if moved else jnp.broadcast_to(a, (size, *a.shape))
+                for a, moved in zip(args, in_batched, strict=True)
+            ]
+            out = batched(*args)
+            return out, (True,) * len(out)
+        rhs = [
+            jnp.moveaxis(
+                b if moved else jnp.broadcast_to(b, (size, *b.shape)), 0, -2
+            )
+            for b, moved in zip(args[matrices:], in_batched[matrices:], strict=True)
+        ]
+        out = batched(*args[:matrices], *(b.reshape(*b.shape[:-2], -1) for b in rhs))
+        unfold = [
+            jnp.moveaxis(o.reshape(*o.shape[:-1], size, o.shape[-1] // size), -2, 0) if c else o
+            for o, c in zip(out, columns_out, strict=True)
+        ]
+        return tuple(unfold), columns_out
+
+    return batched
+
+
+@jax.custom_batching.custom_vmap
+def any_of(flags: jax.Array) -> jax.Array:
+    """Whether any flag of the whole batch is set: one scalar also under a user's vmap."""
+    return flags.any()
+
+
+@any_of.def_vmap
+def _(size, in_batched, flags):
+    return any_of(flags), False

@@ -1,0 +1,35 @@
+"""Householder QR by the platform's library: backward stable for every T.
+
+Values need no Q: the QR factorisation of [T, b] gives R, Q^H b and, in its trailing block, the
+residual norms (Golub 1965; Bjorck, Numerical Methods for Least Squares Problems, 1996, section 2.4).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from .._numerics import H, abs2, mm
+
+
+def triangle(t: jax.Array) -> jax.Array:
+    """R of T = Q R."""
+    return jnp.linalg.qr(t, mode="r")
+
+
+def orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Q and R of T = Q R, Q of T's shape."""
+    q, r = jnp.linalg.qr(t, mode="reduced")
+    return q, r
+
+
+def reduce_augmented(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """R, Q^H b and the residual norms from R of [T, b]."""
+    p = t.shape[-1]
+    r = triangle(jnp.concatenate([t, b], axis=-1))
+    return r[..., :p, :p], r[..., :p, p:], abs2(r[..., p:, p:]).sum(-2)
+
+
+def reduce_apply(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """R, Q^H b and the residual norms from an explicit Q."""
+    q, r = orthonormal(t)
+    c = mm(H(q), b)
+    return r, c, abs2(b - mm(q, c)).sum(-2)
