@@ -22,7 +22,7 @@ def check_driver(driver: Any) -> str:
 
 
 def check_array(a: Any, name: str) -> jax.Array:
-    """a as a JAX array, of a dtype that can be computed in."""
+    """A as a JAX array, of a dtype that can be computed in."""
     if not isinstance(a, (jax.Array, np.ndarray, np.generic)) and not hasattr(a, "__jax_array__"):
         raise TypeError(f"{name} must be a NumPy or JAX array, got {type(a).__name__}.")
     a = jnp.asarray(a)

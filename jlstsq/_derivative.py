@@ -157,7 +157,7 @@ def _squared_residual_rule(primals, tangents):
 
 
 def _solve_full(factors: Factors, b: jax.Array, adjoint: bool):
-    """x = T^+ b and its squared residuals, or T^+H b, where nothing is truncated."""
+    """X = T^+ b and its squared residuals, or T^+H b, where nothing is truncated."""
     t, q, r, decision = factors
     # An element that is truncated, or dependent under gels, must stay finite: its result is
     # replaced, and 0 * inf would reach its gradient all the same.
@@ -171,7 +171,7 @@ def _solve_full(factors: Factors, b: jax.Array, adjoint: bool):
 
 
 def _solve_truncated(driver: str, factors: Factors, b: jax.Array, adjoint: bool):
-    """x = T_k^+ b = J^+ B^+ b and its squared residuals, or T_k^+H b = B^+H J^+H b.
+    """X = T_k^+ b = J^+ B^+ b and its squared residuals, or T_k^+H b = B^+H J^+H b.
 
     Elements of full rank have e = w = I exactly, and the same arithmetic as `_solve_full`.
     """

@@ -17,6 +17,54 @@ from ._result import LstsqResult
 
 @partial(jax.jit, static_argnames=("driver",))
 def lstsq(A: Any, B: Any, rcond: Any = None, *, driver: str | None = None) -> LstsqResult:
+    """Least-squares solutions of A X = B by one of LAPACK's four methods, differentiable to any order.
+
+    X minimises ||A X - B||_F, and of all minimisers it has the smallest norm. The tall one of A and
+    A^H is reduced to a triangle once (2 m n^2 flops for m > n); the driver decides its rank:
+
+    - ``gels``: none, A has full rank. A matrix whose columns (rows, if wide) depend on each other
+      to working precision has the solution NaN.
+    - ``gelsy`` (default): column-pivoted QR, a rank estimate, complete orthogonal factorisation.
+    - ``gelsd``, ``gelss``: singular value decomposition; they differ in the SVD used on CUDA and ROCm.
+
+    Args:
+      A: ``(*batch_a, m, n)``, real, complex, integer or bool. Half precision is computed in float32.
+      B: ``(*batch_b, m, k)``, or a vector: 1-D, or exactly of shape ``A.shape[:-1]``. The batch
+        dimensions broadcast.
+      rcond: singular values at most ``rcond`` times the largest count as zero. A number, or an array
+        that broadcasts to ``batch_a``. None: ``eps * max(m, n)`` (eps, where that reaches 1).
+        Negative: eps. 1 or more: everything counts as zero. gels ignores it.
+      driver: one of the four names in any case; None is gelsy on every platform.
+
+    Returns:
+      `LstsqResult`: ``solution (*batch, n, k)``; ``residuals (*batch, k)``, squared 2-norms of the
+      columns of A X - B for any rank, ``(0,)`` where m <= n; ``rank batch_a``, ``(0,)`` for gels;
+      ``singular_values (*batch_a, min(m, n))``, decreasing, ``(0,)`` for gels and gelsy. A vector B
+      gives ``solution (*batch, n)`` and ``residuals (*batch, 1)``. NaN or Inf in a matrix makes its
+      own results NaN and its rank 0; in a column of B, that column's.
+
+    Raises:
+      TypeError: A or B is no array of numbers, or rcond no real number or array.
+      ValueError: shapes that do not fit, or an unknown driver. Both while tracing, never from data.
+
+    Differentiation:
+      `solution`, `residuals` and `singular_values` are differentiable in A and B, in every mode and
+      order, at the rank that was decided; `rank` and `rcond` have no derivative. gelsy's is taken at
+      fixed pivots. `jax.grad` of a complex function is the conjugate of PyTorch's.
+
+    References:
+      Golub (1965), Numer. Math. 7. LAPACK Users' Guide (1999), section 2.4.2. Golub and Pereyra
+      (1973), SIAM J. Numer. Anal. 10, for the derivative.
+
+    Example:
+      >>> import numpy as np
+      >>> from jlstsq import lstsq
+      >>> A = np.array([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
+      >>> result = lstsq(A, np.array([1.0, 2.0, 4.0]))
+      >>> print(np.asarray(result.solution).round(3), int(result.rank))
+      [0.833 1.5  ] 2
+
+    """
     driver = arguments.check_driver(driver)
     A, B = arguments.check_array(A, "A"), arguments.check_array(B, "B")
     arguments.check_matrix(A)
@@ -33,7 +81,8 @@ def lstsq(A: Any, B: Any, rcond: Any = None, *, driver: str | None = None) -> Ls
     b, folded = arguments.fold(b, batch_a, batch)
     wide = m < n
     t = H(a) if wide else a
-    x, rho, rank, s = _solve(driver, wide, t, b, rcond)
+    solve = partial(_solve, driver) if t.size else _solve_empty
+    x, rho, rank, s = solve(wide, t, b, rcond)
 
     x = arguments.unfold(x, batch_a, batch, folded, k).astype(dtypes.result)
     real = jnp.finfo(dtypes.result).dtype
@@ -129,6 +178,13 @@ def _differentiable(driver: str, wide: bool, t: jax.Array, b: jax.Array, rcond: 
     return _unscale(scaled, x, rho, decision.kept.rank, s, good)
 
 
+def _solve_empty(wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):
+    """The same where T has no entries: x = 0, rank 0, and the residual is B."""
+    x = jnp.zeros((*t.shape[:-2], t.shape[-2 if wide else -1], b.shape[-1]), t.dtype)
+    rho = abs2(b).sum(-2)
+    return x, rho, jnp.zeros(t.shape[:-2], int), jnp.zeros((*t.shape[:-2], t.shape[-1]), rho.dtype)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _solve(driver: str, wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):
     """T^+ b (tall) or T^+H b (wide) for T (*batch, m, p), b (*batch, m or p, k), rcond (*batch)."""
@@ -144,7 +200,7 @@ def _solve_rule(driver, wide, primals, tangents):
         full = list(tb)
         for i, argument in zip(moving, arguments, strict=True):
             full[i] = argument
-        return _differentiable(driver, wide, *full, lax.stop_gradient(rcond))
+        return _differentiable(driver, wide, full[0], full[1], lax.stop_gradient(rcond))
 
     return jax.jvp(fun, [tb[i] for i in moving], [tangents[i] for i in moving])
 

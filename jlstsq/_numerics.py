@@ -33,9 +33,7 @@ def identity_like(a: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
 
 
-def triangular_solve(
-    r: jax.Array, b: jax.Array, *, lower: bool = False, adjoint: bool = False
-) -> jax.Array:
+def triangular_solve(r: jax.Array, b: jax.Array, *, lower: bool = False, adjoint: bool = False) -> jax.Array:
     """R^-1 b, or R^-H b, for a triangular R."""
     return lax.linalg.triangular_solve(
         r, b, left_side=True, lower=lower, transpose_a=adjoint, conjugate_a=adjoint
@@ -43,7 +41,7 @@ def triangular_solve(
 
 
 def where_matrix(condition: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """a where the batch element's condition holds, b elsewhere."""
+    """A where the batch element's condition holds, b elsewhere."""
     return jnp.where(condition[..., None, None], a, b)
 
 
@@ -71,7 +69,7 @@ def power_of_two(size: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def scale_by(a: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-    """a * up * down, powers of two, without overflow or underflow on the way to a normal result."""
+    """A * up * down, powers of two, without overflow or underflow on the way to a normal result."""
     same = (up > 1) == (down > 1)
     ratio = up * down
     one = jnp.ones_like(ratio)
@@ -102,9 +100,7 @@ def native_batch(fun: Callable, matrices: int, columns_out: tuple[bool, ...]) ->
             out = batched(*args)
             return out, (True,) * len(out)
         rhs = [
-            jnp.moveaxis(
-                b if moved else jnp.broadcast_to(b, (size, *b.shape)), 0, -2
-            )
+            jnp.moveaxis(b if moved else jnp.broadcast_to(b, (size, *b.shape)), 0, -2)
             for b, moved in zip(args[matrices:], in_batched[matrices:], strict=True)
         ]
         out = batched(*args[:matrices], *(b.reshape(*b.shape[:-2], -1) for b in rhs))

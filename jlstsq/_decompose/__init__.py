@@ -120,4 +120,4 @@ def singular_values(driver: str, r: jax.Array) -> jax.Array:
     return s
 
 
-__all__ = ["DRIVERS", "Decision", "Kept", "H", "decider", "mm", "singular_values", "solver"]
+__all__ = ["DRIVERS", "Decision", "H", "Kept", "decider", "mm", "singular_values", "solver"]

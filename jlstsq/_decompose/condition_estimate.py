@@ -23,7 +23,7 @@ def _update(largest: bool, sest: jax.Array, alpha: jax.Array, gamma: jax.Array):
     """
     size = jnp.maximum(jnp.maximum(sest, abs(alpha)), abs(gamma))
     unit = jnp.where(size > 0, size, 1)
-    sest, alpha, gamma = sest / unit, alpha / unit, gamma / unit
+    sest, alpha, gamma = sest / unit, alpha / unit.astype(alpha.dtype), gamma / unit.astype(gamma.dtype)
     a, d, b = sest**2 + abs2(alpha), abs2(gamma), alpha * gamma.conj()
     gap = jnp.sqrt((a - d) ** 2 + 4 * abs2(b))
     top = (a + d + gap) / 2
@@ -41,8 +41,9 @@ def _update(largest: bool, sest: jax.Array, alpha: jax.Array, gamma: jax.Array):
     s = jnp.where(by_first, b, (value - d).astype(b.dtype))
     c = jnp.where(by_first, (value - a).astype(b.dtype), b.conj())
     norm = jnp.sqrt(abs2(s) + abs2(c))
-    s = jnp.where(norm > 0, s / jnp.where(norm > 0, norm, 1), spare_s.astype(b.dtype))
-    c = jnp.where(norm > 0, c / jnp.where(norm > 0, norm, 1), spare_c.astype(b.dtype))
+    divisor = jnp.where(norm > 0, norm, 1).astype(b.dtype)
+    s = jnp.where(norm > 0, s / divisor, spare_s.astype(b.dtype))
+    c = jnp.where(norm > 0, c / divisor, spare_c.astype(b.dtype))
     return estimate * jnp.where(size > 0, size, 0), s, c
 
 
@@ -64,7 +65,7 @@ def estimate_rank(r: jax.Array, rcond: jax.Array) -> jax.Array:
         going = going & (smin_new > rcond * smax_new)
         xmax = (s1 * xmax).at[j].set(c1)
         xmin = (s2 * xmin).at[j].set(c2)
-        return rank + going, going, smax_new, smin_new, xmax, xmin
+        return rank + going.astype(int), going, smax_new, smin_new, xmax, xmin
 
     state = (start.astype(int), start, first, first, x, x)
     return lax.fori_loop(1, p, step, state)[0]

@@ -24,7 +24,7 @@ def _reflector(x: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
     beta = jnp.where(alpha.real > 0, -norm, norm)
     # Nothing to reflect: H_j = I, as in LAPACK. A complex pivot is still made real.
     trivial = (tail == 0) & (alpha.imag == 0 if jnp.iscomplexobj(x) else True)
-    safe_beta = jnp.where(trivial | (norm == 0), 1, beta)
+    safe_beta = jnp.where(trivial | (norm == 0), 1, beta).astype(x.dtype)
     tau = jnp.where(trivial, 0, (safe_beta - alpha) / safe_beta)
     pivot = jnp.where(trivial, 1, alpha - safe_beta)
     v = jnp.where(rows == j, 1, below / pivot)

@@ -13,7 +13,7 @@ from .kept import Kept
 
 
 def _svd(r: jax.Array, driver: str, vectors: bool):
-    """gelss takes the QR-iteration SVD where it may: CUDA and ROCm."""
+    """Gelss takes the QR-iteration SVD where it may: CUDA and ROCm."""
 
     def default(r):
         return lax.linalg.svd(r, full_matrices=False, compute_uv=vectors)
@@ -44,5 +44,5 @@ def decompose(r: jax.Array, rcond: jax.Array, driver: str) -> Kept:
     u, s, v = factors(r, driver)
     kept = s > rcond[..., None] * s[..., :1]
     w = jnp.where(kept[..., None, :], v, 0)
-    diagonal = jnp.where(kept, s, 1)[..., None, :] * jnp.eye(s.shape[-1], dtype=r.dtype)
+    diagonal = jnp.where(kept, s, 1)[..., None, :].astype(r.dtype) * jnp.eye(s.shape[-1], dtype=r.dtype)
     return Kept(e=w, r=diagonal, u=jnp.where(kept[..., None, :], u, 0), l=diagonal, w=w, kept=kept)

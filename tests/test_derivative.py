@@ -1,0 +1,174 @@
+"""Derivatives: against finite differences, in every mode, at every rank."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problems
+import pytest
+from jax.test_util import check_grads
+
+from jlstsq import lstsq
+
+DRIVERS = ("gels", "gelsy", "gelsd", "gelss")
+SHAPES = {"tall": (5, 3), "square": (3, 3), "wide": (3, 5)}
+
+
+def differentiable_outputs(A, B, rcond, driver):
+    result = lstsq(A, B, rcond, driver=driver)
+    return result.solution, result.residuals
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_full_rank(driver, shape, dtype, x64):
+    rng = np.random.default_rng(0)
+    A = problems.with_spectrum(rng, *shape, [1, 0.7, 0.4], dtype)
+    B = problems.right_hand_side(rng, shape[0], 2, dtype)
+    fun = jax.jit(lambda A, B: differentiable_outputs(A, B, None, driver))
+    check_grads(fun, (A, B), 2, modes=["fwd", "rev"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)], ids=["tall", "wide"])
+@pytest.mark.parametrize("driver", ["gelsy", "gelsd"])
+def test_truncated_in_every_direction(driver, shape, dtype, x64):
+    """A discarded value of 0.1 to 0.3, and an exactly deficient A: first derivative and Hessian."""
+    rng = np.random.default_rng(1)
+    B = problems.right_hand_side(rng, shape[0], 2, dtype)
+    for s, rcond in ([1, 0.6, 0.1], 0.35), ([1, 0.6, 0], 1e-3):
+        A = problems.with_spectrum(rng, *shape, s, dtype)
+        fun = jax.jit(lambda A, B, rcond: differentiable_outputs(A, B, rcond, driver))
+        assert int(lstsq(A, B, rcond, driver=driver).rank) == 2
+        check_grads(
+            lambda A, B, rcond=rcond, fun=fun: fun(A, B, rcond),
+            (A, B),
+            2,
+            modes=["fwd", "rev"],
+            rtol=1e-4,
+            atol=1e-4,
+            eps=1e-5,
+        )
+
+
+@pytest.mark.parametrize("driver", ["gelsy", "gelsd"])
+@pytest.mark.parametrize("s", [[1, 0.6, 0.1], [1, 0.6, 0]], ids=["cut", "deficient"])
+def test_truncated_hessian_is_symmetric(driver, s, x64):
+    rng = np.random.default_rng(2)
+    A = problems.with_spectrum(rng, 5, 3, s)
+    B, c = rng.standard_normal((5, 2)), rng.standard_normal((3, 2))
+
+    def loss(A):
+        x, residuals = differentiable_outputs(A, B, 0.35, driver)
+        return (c * x).sum() + (residuals**2).sum()
+
+    forward = jax.jit(jax.hessian(loss))(A).reshape(15, 15)
+    reverse = jax.jit(jax.jacrev(jax.jacrev(loss)))(A).reshape(15, 15)
+    scale = np.abs(forward).max()
+    np.testing.assert_allclose(forward, forward.T, atol=1e-10 * scale)
+    np.testing.assert_allclose(forward, reverse, atol=1e-10 * scale)
+
+
+@pytest.mark.parametrize("driver", ["gelsy", "gelsd"])
+@pytest.mark.parametrize("kind", ["eye", "zero", "duplicated", "exact fit"])
+def test_finite(driver, kind, x64):
+    rng = np.random.default_rng(3)
+    A = {"eye": np.eye(5, 3), "zero": np.zeros((5, 3)), "duplicated": np.ones((5, 3))}.get(
+        kind, rng.standard_normal((5, 3))
+    )
+    B = A @ np.ones((3, 2)) if kind == "exact fit" else rng.standard_normal((5, 2))
+
+    def loss(A):
+        x, residuals = differentiable_outputs(A, B, None, driver)
+        s = lstsq(A, B, driver=driver).singular_values
+        return (x**2).sum() + residuals.sum() + s.sum()
+
+    assert np.isfinite(jax.jit(jax.grad(loss))(A)).all()
+    assert np.isfinite(jax.jit(jax.hessian(loss))(A)).all()
+    if kind == "exact fit":
+        rho = jax.grad(lambda A: lstsq(A, B, driver=driver).residuals.sum())(A)
+        np.testing.assert_allclose(rho, 0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_singular_values(shape, dtype, x64):
+    rng = np.random.default_rng(4)
+    A = problems.with_spectrum(rng, *shape, [1, 0.7, 0.4], dtype)
+    fun = jax.jit(lambda A: lstsq(A, A[:, :1], driver="gelsd").singular_values)
+    check_grads(fun, (A,), 2, modes=["fwd", "rev"], rtol=1e-4, atol=1e-4)
+
+
+def test_singular_values_at_ties(x64):
+    """The sum of squares of tied values is smooth: its gradient is 2 A."""
+    A = np.eye(5, 3)
+    gradient = jax.grad(lambda A: (lstsq(A, A[:, :1], driver="gelsd").singular_values ** 2).sum())(A)
+    np.testing.assert_allclose(gradient, 2 * A, atol=1e-14)
+
+
+def test_rank_and_rcond_have_no_derivative(x64):
+    A, B = np.eye(4, 3), np.ones((4, 1))
+    result, tangent = jax.jvp(lambda A, r: lstsq(A, B, r), (A, 1e-3), (A, 1.0))
+    assert tangent.rank.dtype == jax.dtypes.float0
+    assert result.rank == 3
+    assert jax.grad(lambda r: lstsq(A, B, r).solution.sum())(1e-3) == 0
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_bad_neighbour_leaves_gradients_alone(driver, bad, x64):
+    rng = np.random.default_rng(5)
+    A, B = rng.standard_normal((3, 6, 3)), rng.standard_normal((3, 6, 2))
+    fun = jax.jit(jax.grad(lambda A: (lstsq(A, B, driver=driver).solution ** 2).sum()))
+    poisoned = A.copy()
+    poisoned[1, 2, 1] = bad
+    clean, dirty = fun(A), fun(poisoned)
+    np.testing.assert_array_equal(clean[::2], dirty[::2])
+    assert np.isnan(dirty[1]).any()
+
+
+def test_one_factorisation(x64):
+    """Value and gradient hold one factorisation of m x n data."""
+    A, B = jnp.ones((300, 7)), jnp.ones((300, 2))
+    for driver in DRIVERS:
+        fun = jax.value_and_grad(lambda A, d=driver: lstsq(A, B, driver=d).solution.sum())
+        text = jax.jit(fun).lower(A).compile().as_text()
+        calls = [line for line in text.splitlines() if "geqrf" in line and "custom-call" in line]
+        assert sum("f64[300," in line for line in calls) == 1
+
+
+def test_training_loop_stays_finite(x64):
+    """10 000 steps of gradient descent through a rank-deficient read-out."""
+    t = jnp.linspace(0, 1, 12)
+    y = jnp.sin(3 * t)
+
+    def loss(theta):
+        features = jnp.stack([jnp.exp(-theta[0] * t), jnp.exp(-theta[0] * t), jnp.cos(theta[1] * t)], -1)
+        result = lstsq(features, y, 1e-8)
+        return result.residuals.sum() + 1e-3 * (result.solution**2).sum()
+
+    def step(theta, _):
+        value, gradient = jax.value_and_grad(loss)(theta)
+        return theta - 0.05 * gradient, value
+
+    theta, values = jax.jit(lambda th: jax.lax.scan(step, th, length=10_000))(jnp.array([1.0, 2.0]))
+    assert np.isfinite(theta).all()
+    assert np.isfinite(values).all()
+    assert values[-1] < values[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_third_order_at_fixed_rank(driver, shape, dtype, x64):
+    rng = np.random.default_rng(6)
+    m, n = shape
+    rank = 3 if driver == "gels" else 2
+    U, V = (problems.right_hand_side(rng, *s, dtype) for s in ((m, rank), (rank, n)))
+    if driver == "gels" and m != n:
+        U, V = problems.right_hand_side(rng, m, n, dtype), np.eye(n, dtype=dtype)
+    B = problems.right_hand_side(rng, m, 1, dtype)
+    fun = jax.jit(lambda U, V: differentiable_outputs(U @ V, B, 1e-9, driver))
+    for modes in ["fwd"], ["rev"]:
+        check_grads(fun, (U, V), 3, modes=modes, rtol=1e-3, atol=1e-3)

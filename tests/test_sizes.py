@@ -1,0 +1,116 @@
+"""The sizes people use, in float32, against float64 NumPy."""
+
+import numpy as np
+import problems
+import pytest
+import scipy.linalg
+
+from jlstsq import lstsq
+
+DRIVERS = ("gels", "gelsy", "gelsd", "gelss")
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("shape", [(20000, 8, 3), (3, 9000, 4, 2), (12000, 2, 4), (600000, 2)], ids=str)
+def test_float32(driver, shape):
+    if driver != "gels" and shape == (600000, 2):
+        rcond = 1e-6  # the default, eps * m = 0.07, may truncate
+    else:
+        rcond = None
+    rng = np.random.default_rng(0)
+    A = rng.standard_normal(shape).astype(np.float32)
+    B = rng.standard_normal(shape[:-1]).astype(np.float32)
+    x = np.asarray(lstsq(A, B, rcond, driver=driver).solution, np.float64)
+    exact = A.astype(np.float64)
+    pinv = np.linalg.pinv(exact)
+    expected = (pinv @ B[..., None].astype(np.float64))[..., 0]
+    kappa = np.linalg.norm(exact, 2, axis=(-2, -1)) * np.linalg.norm(pinv, 2, axis=(-2, -1))
+    m, n = shape[-2:]
+    residual = np.linalg.norm(B - (exact @ expected[..., None])[..., 0], axis=-1)
+    size = np.linalg.norm(expected, axis=-1)
+    inverse = np.linalg.norm(pinv, 2, axis=(-2, -1))
+    # Wedin's bound: eps kappa (|x| + kappa |r| / |A|), with a modest constant
+    bound = 10 * n * np.finfo(np.float32).eps * kappa * (size + inverse * residual + 1e-30)
+    if m > 1000:
+        bound = bound * np.sqrt(m)
+    bound = np.where(kappa < 1e5, bound, np.inf)
+    assert (np.linalg.norm(x - expected, axis=-1) <= bound).all()
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_tall_float32(driver):
+    rng = np.random.default_rng(1)
+    A = rng.standard_normal((150000, 10)).astype(np.float32)
+    B = (A @ np.arange(1, 11) + 0.01 * rng.standard_normal(150000)).astype(np.float32)
+    np.testing.assert_allclose(lstsq(A, B, driver=driver).solution, np.arange(1, 11), atol=2e-4)
+
+
+def test_gels_refuses_dependent_columns(precision):
+    dtype = np.float64 if precision else np.float32
+    rng = np.random.default_rng(2)
+    for dependent in (
+        lambda a: a[..., 0] + a[..., 1],
+        lambda a: a[..., 0],
+        lambda a: 128 * (a[..., 0] - a[..., 1]),
+    ):
+        A = rng.standard_normal((200, 6, 3)).astype(dtype)
+        A[..., 2] = dependent(A)
+        B = rng.standard_normal((200, 6)).astype(dtype)
+        x = lstsq(A, B, driver="gels").solution
+        assert np.isnan(x).all(-1).mean() >= 0.99
+    zero = lstsq(np.zeros((4, 3), dtype), np.ones(4, dtype), driver="gels")
+    assert np.isnan(zero.solution).all()
+
+
+def test_gels_solves_vandermonde_in_float32():
+    t = np.linspace(0, 1, 40)
+    A = np.vander(t, 9, increasing=True).astype(np.float32)
+    y = (A.astype(np.float64) @ np.ones(9)).astype(np.float32)
+    result = lstsq(A, y, driver="gels")
+    assert np.isfinite(result.solution).all()
+    np.testing.assert_allclose(A @ result.solution, y, rtol=1e-4)
+
+
+@pytest.mark.parametrize("driver", ["gelsy", "gelsd"])
+@pytest.mark.parametrize("shape", [(12, 6), (6, 12)], ids=["tall", "wide"])
+def test_rank_agrees_with_lapack(driver, shape, x64):
+    """1000 matrices of prescribed spectra with a cut away from every singular value."""
+    rng = np.random.default_rng(3)
+    count, p = 1000, 6
+    s = np.sort(10.0 ** rng.uniform(-12, 0, (count, p)))[:, ::-1]
+    s[:, 0] = 1
+    rcond = np.empty(count)
+    for i in range(count):
+        # the widest gap of the spectrum: a decision no driver may miss
+        gaps = np.log10(s[i, :-1] / s[i, 1:])
+        j = int(gaps.argmax())
+        rcond[i] = np.sqrt(s[i, j] * s[i, j + 1])
+        if gaps[j] < 3:
+            s[i, j + 1 :] *= 1e-3
+            rcond[i] = np.sqrt(s[i, j] * s[i, j + 1])
+    A = np.stack([problems.with_spectrum(rng, *shape, si) for si in s])
+    B = rng.standard_normal((count, shape[0]))
+    result = lstsq(A, B, rcond, driver=driver)
+    for i in range(count):
+        x, _, rank, _ = scipy.linalg.lstsq(A[i], B[i], cond=rcond[i], lapack_driver=driver)
+        assert int(result.rank[i]) == rank
+        kept = s[i, rank - 1]
+        if driver == "gelsd" or shape[0] > shape[1]:
+            np.testing.assert_allclose(
+                result.solution[i], x, atol=1e4 * np.finfo(float).eps * np.linalg.norm(B[i]) / kept**2
+            )
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_parity_with_pytorch(driver, x64):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(4)
+    for shape in ((3, 7, 4), (3, 4, 7)):
+        A, B = rng.standard_normal(shape), rng.standard_normal((*shape[:-1], 2))
+        ours = lstsq(A, B, driver=driver)
+        theirs = torch.linalg.lstsq(torch.tensor(A), torch.tensor(B), driver=driver)
+        np.testing.assert_allclose(ours.solution, theirs.solution, atol=1e-11)
+        for name in ("residuals", "rank", "singular_values"):
+            value = getattr(theirs, name).numpy()
+            if value.size:
+                np.testing.assert_allclose(getattr(ours, name), value, atol=1e-11)

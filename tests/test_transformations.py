@@ -1,0 +1,136 @@
+"""vmap, jit, scan, checkpoint, export: the same results, and the same cost."""
+
+import functools
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import problems
+import pytest
+
+from jlstsq import lstsq
+
+DRIVERS = ("gels", "gelsy", "gelsd", "gelss")
+
+
+def data(shape_a=(6, 4, 3), shape_b=(6, 4, 2), seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal(shape_a), rng.standard_normal(shape_b)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_vmap_is_the_batched_call(driver, x64):
+    A, B = data()
+    fun = functools.partial(lstsq, driver=driver)
+    batched = fun(A, B)
+    for x, y in zip(jax.vmap(fun)(A, B), batched, strict=True):
+        if y.shape != (0,):
+            np.testing.assert_allclose(x, y, atol=1e-12)
+    nested = jax.vmap(jax.vmap(fun))(A.reshape(2, 3, 4, 3), B.reshape(2, 3, 4, 2)).solution
+    np.testing.assert_allclose(nested.reshape(6, 3, 2), batched.solution, atol=1e-12)
+    over_b = jax.vmap(lambda b: fun(A[0], b).solution, in_axes=-1, out_axes=-1)(B[0])
+    np.testing.assert_allclose(over_b, batched.solution[0], atol=1e-12)
+    over_a = jax.vmap(fun, in_axes=(0, None))(A, B[0]).solution
+    np.testing.assert_allclose(over_a, fun(A, B[0]).solution, atol=1e-12)
+
+
+@pytest.mark.parametrize("driver", DRIVERS[1:])
+@pytest.mark.parametrize("gradient", [False, True], ids=["value", "gradient"])
+def test_vmap_keeps_the_branch(driver, gradient, x64):
+    A, B = data()
+
+    def solve(A, B):
+        return lstsq(A, B, driver=driver).solution.sum()
+
+    fun = jax.grad(solve) if gradient else solve
+    text = jax.jit(jax.vmap(fun)).lower(A, B).compile().as_text()
+    assert " conditional(" in text
+    batched = (lambda A, B: jax.grad(lambda A: solve(A, B))(A)) if gradient else solve
+    expected = jax.jit(batched).lower(A, B).compile().as_text()
+    assert text.count(" conditional(") == expected.count(" conditional(")
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_right_hand_sides_share_a_factorisation(driver, x64):
+    A, B = np.ones((50, 3)), np.ones((7, 50, 1))
+    for fun in (
+        lambda A, B: lstsq(A, B, driver=driver).solution,
+        jax.vmap(lambda B: lstsq(A, B, driver=driver).solution),
+    ):
+        args = (A, B) if fun.__name__ == "<lambda>" and fun.__code__.co_argcount == 2 else (B,)
+        text = jax.jit(fun).lower(*args).compile().as_text()
+        lines = [x for x in text.splitlines() if "geqrf" in x and "custom-call" in x]
+        assert lines
+        assert not any("f64[7,50," in line for line in lines)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_loops(driver, x64):
+    A, B = data()
+    fun = functools.partial(lstsq, driver=driver)
+    expected = fun(A, B).solution
+    np.testing.assert_allclose(jax.lax.map(lambda ab: fun(*ab).solution, (A, B)), expected, atol=1e-12)
+    _, scanned = jax.lax.scan(lambda c, ab: (c, fun(*ab).solution), 0.0, (A, B))
+    np.testing.assert_allclose(scanned, expected, atol=1e-12)
+    loss = lambda A: fun(A, B).solution.sum()  # noqa: E731
+    np.testing.assert_allclose(jax.grad(jax.checkpoint(loss))(A), jax.grad(loss)(A), atol=1e-10)
+    shapes = jax.eval_shape(fun, A, B)
+    assert jax.tree.map(jnp.shape, fun(A, B)) == jax.tree.map(lambda s: s.shape, shapes)
+    _, linear = jax.linearize(loss, A)
+    np.testing.assert_allclose(linear(A), jax.jvp(loss, (A,), (A,))[1], atol=1e-10)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_lowering(driver, platform):
+    """Export for every platform from this host, which also refuses unstable custom calls."""
+    for shape in ((2, 6, 3), (2, 3, 6)):
+        A, B = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, (*shape[:-1], 2)))
+        value = jax.jit(lambda A, B: lstsq(A, B, driver=driver))
+        gradient = jax.jit(jax.grad(lambda A, B: lstsq(A, B, driver=driver).solution.sum(), argnums=(0, 1)))
+        for fun in (value, gradient):
+            assert jax.export.export(fun, platforms=[platform])(A, B).platforms == (platform,)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_neighbours_change_no_bit(driver, x64):
+    A, B = data()
+    clean = lstsq(A, B, driver=driver)
+    for bad in (np.nan, np.inf):
+        dirty_a, dirty_b = A.copy(), B.copy()
+        dirty_a[1, 0, 0] = bad
+        dirty_b[2, 0, 1] = bad
+        result = lstsq(dirty_a, dirty_b, driver=driver)
+        np.testing.assert_array_equal(result.solution[3:], clean.solution[3:])
+        np.testing.assert_array_equal(result.solution[2, :, 0], clean.solution[2, :, 0])
+        assert np.isnan(result.solution[1]).all()
+        assert np.isnan(result.solution[2, :, 1]).all()
+        assert np.isnan(result.residuals[1]).all()
+        if driver != "gels":
+            assert result.rank[1] == 0
+        if driver in ("gelsd", "gelss"):
+            assert np.isnan(result.singular_values[1]).all()
+    deficient = A.copy()
+    deficient[1] = np.outer(A[1, :, 0], A[1, 0])
+    result = lstsq(deficient, B, driver=driver)
+    np.testing.assert_array_equal(result.solution[2:], clean.solution[2:])
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_extreme_scales(driver, precision):
+    dtype = np.float64 if precision else np.float32
+    info = np.finfo(dtype)
+    rng = np.random.default_rng(7)
+    A = problems.with_spectrum(rng, 6, 3, [1, 0.5, 0.2])
+    B = rng.standard_normal((6, 2))
+    expected = np.linalg.pinv(A) @ B
+    # Entries stay normal numbers: subnormal ones count as zero.
+    low, high = int(np.log2(info.tiny)) + 12, info.maxexp - 4
+    for exponent_a, exponent_b in [(high, high), (low, low), (high, 0), (low, low + 20)]:
+        big_a, big_b = np.ldexp(A, exponent_a).astype(dtype), np.ldexp(B, exponent_b).astype(dtype)
+        x = np.asarray(lstsq(big_a, big_b, driver=driver).solution)
+        assert np.isfinite(x).all()
+        if exponent_b - exponent_a > low:
+            scaled = np.ldexp(x.astype(np.float64), exponent_a - exponent_b)
+            np.testing.assert_allclose(scaled, expected, rtol=1e3 * info.eps)
