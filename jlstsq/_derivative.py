@@ -77,23 +77,25 @@ def augmented(
     the system stays regular, and r holds the identity.
     """
     q, r = lax.stop_gradient((q, r))
+    m = f.shape[-2]
 
     def matvec(vy):
-        v, y = vy
+        v, y = vy[..., :m, :], vy[..., m:, :]
         second = mm(H(b), v)
         if kept is not None:
             second = second - jnp.where(kept[..., None], 0, y)
-        return v + mm(b, y), second
+        return jnp.concatenate([v + mm(b, y), second], axis=-2)
 
     def solve(_, fg):
-        return _augmented_solve(q, r, *fg)
+        return jnp.concatenate(_augmented_solve(q, r, fg[..., :m, :], fg[..., m:, :]), axis=-2)
 
     # The system is Hermitian, so its transpose is its conjugate.
     def transpose_solve(_, fg):
-        v, y = _augmented_solve(q, r, *(a.conj() for a in fg))
-        return v.conj(), y.conj()
+        return solve(None, fg.conj()).conj()
 
-    return lax.custom_linear_solve(matvec, (f, g), solve, transpose_solve)
+    # One array, not a pair: custom_linear_solve fails (jax 0.10.2) where only f or only g moves.
+    vy = lax.custom_linear_solve(matvec, jnp.concatenate([f, g], axis=-2), solve, transpose_solve)
+    return vy[..., :m, :], vy[..., m:, :]
 
 
 @jax.custom_jvp

@@ -106,6 +106,17 @@ def test_singular_values_at_ties(x64):
     np.testing.assert_allclose(gradient, 2 * A, atol=1e-14)
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)], ids=["tall", "wide"])
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_right_hand_side_alone(driver, shape, x64):
+    """The derivative in B with A constant is the pseudoinverse, truncated where the solution is."""
+    rng = np.random.default_rng(8)
+    A = problems.with_spectrum(rng, *shape, [1, 0.6, 0.1])
+    rcond = 1e-3 if driver in ("gels", "gelsy") else 0.35
+    jacobian = jax.jit(jax.jacrev(lambda b: lstsq(A, b, rcond, driver=driver).solution))
+    np.testing.assert_allclose(jacobian(np.ones(shape[0])), np.linalg.pinv(A, rcond=rcond), atol=1e-12)
+
+
 def test_rank_and_rcond_have_no_derivative(x64):
     A, B = np.eye(4, 3), np.ones((4, 1))
     result, tangent = jax.jvp(lambda A, r: lstsq(A, B, r), (A, 1e-3), (A, 1.0))

@@ -13,10 +13,8 @@ DRIVERS = ("gels", "gelsy", "gelsd", "gelss")
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("shape", [(20000, 8, 3), (3, 9000, 4, 2), (12000, 2, 4), (600000, 2)], ids=str)
 def test_float32(driver, shape):
-    if driver != "gels" and shape == (600000, 2):
-        rcond = 1e-6  # the default, eps * m = 0.07, may truncate
-    else:
-        rcond = None
+    # The default, eps * m = 0.07 at 600 000 rows, may truncate.
+    rcond = 1e-6 if driver != "gels" and shape == (600000, 2) else None
     rng = np.random.default_rng(0)
     A = rng.standard_normal(shape).astype(np.float32)
     B = rng.standard_normal(shape[:-1]).astype(np.float32)
