@@ -13,7 +13,12 @@ DRIVERS = ("gels", "gelsy", "gelsd", "gelss")
 RANKED = DRIVERS[1:]
 SHAPES = {"tall": (12, 5), "square": (5, 5), "wide": (5, 12)}
 SPECTRA = ("well", "graded", "deficient", "equal", "zero")
-DTYPES = ("float32", "float64", "complex64", "complex128")
+DTYPES = (
+    "float32",
+    pytest.param("float64", marks=pytest.mark.slow),
+    pytest.param("complex64", marks=pytest.mark.slow),
+    "complex128",
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
