@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._numerics import H, identity_like, mm, native_batch, triangular_solve, where_matrix
+from .._numerics import identity_like, native_batch, triangular_solve, where_matrix
 from . import certificate, complete_orthogonal, svd
 from .kept import Kept
 
@@ -118,6 +118,3 @@ def singular_values(driver: str, r: jax.Array) -> jax.Array:
     """The singular values of R, decreasing."""
     (s,) = _singular_values(driver)(r)
     return s
-
-
-__all__ = ["DRIVERS", "Decision", "H", "Kept", "decider", "mm", "singular_values", "solver"]
