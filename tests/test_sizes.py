@@ -23,14 +23,11 @@ def test_float32(driver, shape):
     pinv = np.linalg.pinv(exact)
     expected = (pinv @ B[..., None].astype(np.float64))[..., 0]
     kappa = np.linalg.norm(exact, 2, axis=(-2, -1)) * np.linalg.norm(pinv, 2, axis=(-2, -1))
-    m, n = shape[-2:]
     residual = np.linalg.norm(B - (exact @ expected[..., None])[..., 0], axis=-1)
     size = np.linalg.norm(expected, axis=-1)
     inverse = np.linalg.norm(pinv, 2, axis=(-2, -1))
-    # Wedin's bound: eps kappa (|x| + kappa |r| / |A|), with a modest constant
-    bound = 10 * n * np.finfo(np.float32).eps * kappa * (size + inverse * residual + 1e-30)
-    if m > 1000:
-        bound = bound * np.sqrt(m)
+    # Wedin's bound, eps kappa (|x| + |A^+| |r|), times a small constant (2.5 measured)
+    bound = 8 * np.finfo(np.float32).eps * kappa * (size + inverse * residual)
     bound = np.where(kappa < 1e5, bound, np.inf)
     assert (np.linalg.norm(x - expected, axis=-1) <= bound).all()
 
