@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu,cuda")
+# A run on 2 cores stopped for good inside a LAPACK call on 600 000 rows, with OpenBLAS threads waiting;
+# one thread cannot. The cause is not known yet: see the closing note of issue 2.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest
