@@ -50,7 +50,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._decompose import Decision
-from ._numerics import H, abs2, any_of, identity_like, mm, triangular_solve, where_matrix
+from ._library import eigh, qr, triangular_solve
+from ._numerics import H, abs2, any_of, identity_like, mm, where_matrix
 
 
 class Factors(NamedTuple):
@@ -128,7 +129,7 @@ def _kept_basis_rule(primals, tangents):
 
     # Solved in the basis of all right singular vectors, where D^H D and K are diagonal.
     d0, s = lax.stop_gradient((d, jnp.diagonal(r, axis1=-2, axis2=-1).real))
-    eigenvalues, v = jnp.linalg.eigh(mm(H(d0), d0))
+    eigenvalues, v = eigh(mm(H(d0), d0))
     ratio = jnp.where(columns, eigenvalues[..., :, None] / (s**2)[..., None, :], 0)
     # Separated by the cut; the floor only keeps a cut through a rounding-level tie finite.
     gap = jnp.maximum(1 - ratio, jnp.finfo(s.dtype).eps)
@@ -193,7 +194,7 @@ def _solve_truncated(driver: str, factors: Factors, b: jax.Array, adjoint: bool)
         d = where_matrix(decision.full, jnp.zeros_like(d), d)
         # J^H is p x p: its own QR factorisation solves with it.
         jh = H(j)
-        jq, jr = jnp.linalg.qr(lax.stop_gradient(jh))
+        jq, jr = qr(lax.stop_gradient(jh))
         jr = jnp.where(kept[..., :, None] & kept[..., None, :], jr, identity_like(jr))
         jq = jnp.where(kept[..., None, :], jq, 0)
         if adjoint:

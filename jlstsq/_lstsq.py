@@ -9,7 +9,7 @@ from jax import lax
 
 from . import _arguments as arguments
 from . import _derivative as derivative
-from ._decompose import decider, singular_values, solver, svd
+from ._decompose import decider, solver, svd
 from ._numerics import H, abs2, largest_entry, mm, power_of_two, scale_by, where_matrix
 from ._reduce import orthonormal, project, triangle
 from ._result import LstsqResult
@@ -160,7 +160,7 @@ def _values(driver: str, wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Arra
         r, c, tail = project(t, b)
         x, rank, usable = solver(driver, False)(r, rcond, scaled.t_finite, c)
         rho = tail + abs2(c - mm(r, x)).sum(-2)
-    s = singular_values(driver, _safe_triangle(scaled, r))
+    s = svd.values(_safe_triangle(scaled, r), driver)
     return _unscale(scaled, x, rho, rank, s, _good(driver, scaled, rcond, usable))
 
 

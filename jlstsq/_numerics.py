@@ -33,13 +33,6 @@ def identity_like(a: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
 
 
-def triangular_solve(r: jax.Array, b: jax.Array, *, lower: bool = False, adjoint: bool = False) -> jax.Array:
-    """R^-1 b, or R^-H b, for a triangular R."""
-    return lax.linalg.triangular_solve(
-        r, b, left_side=True, lower=lower, transpose_a=adjoint, conjugate_a=adjoint
-    )
-
-
 def where_matrix(condition: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """A where the batch element's condition holds, b elsewhere."""
     return jnp.where(condition[..., None, None], a, b)

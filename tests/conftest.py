@@ -1,11 +1,5 @@
 """Both precisions: `x64` runs a test in float64, `precision` in each of the two."""
 
-import os
-
-# A run on 2 cores stopped for good inside a LAPACK call on 600 000 rows, with OpenBLAS threads waiting;
-# one thread cannot. The cause is not known yet: see the closing note of issue 2.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
 import jax
 import pytest
 

@@ -1,5 +1,9 @@
 """The sizes people use, in float32, against float64 NumPy."""
 
+import math
+import re
+
+import jax
 import numpy as np
 import problems
 import pytest
@@ -30,6 +34,26 @@ def test_float32(driver, shape):
     bound = 8 * np.finfo(np.float32).eps * kappa * (size + inverse * residual)
     bound = np.where(kappa < 1e5, bound, np.inf)
     assert (np.linalg.norm(x - expected, axis=-1) <= bound).all()
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("gradient", [False, True], ids=["value", "gradient"])
+def test_no_library_call_is_split_among_threads(driver, gradient):
+    """Two batched LAPACK calls at once wait for each other for ever on two cores (jaxlib 0.10, 0.11)."""
+    A, B = jax.ShapeDtypeStruct((3000, 8, 3), np.float32), jax.ShapeDtypeStruct((3000, 8, 1), np.float32)
+
+    def fun(A, B):
+        result = lstsq(A, B, driver=driver)
+        return sum(x.sum() for x in result if x.dtype == A.dtype)
+
+    text = jax.jit(jax.grad(fun) if gradient else fun).lower(A, B).compile().as_text()
+    calls = [line for line in text.splitlines() if 'custom_call_target="lapack_' in line]
+    assert calls
+    for line in calls:
+        first = re.search(r"\w+\[([\d,]+)\]", line)
+        assert first
+        *batch, rows, columns = map(int, first[1].split(","))
+        assert 40 * math.prod(batch) * rows * columns * min(rows, columns) < 200_000
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._numerics import identity_like, native_batch, triangular_solve, where_matrix
+from .._library import triangular_solve
+from .._numerics import identity_like, native_batch, where_matrix
 from . import certificate, complete_orthogonal, svd
 from .kept import Kept
 
@@ -107,14 +108,3 @@ def decider(driver: str):
 
 def _pick(full: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(full.reshape(full.shape + (1,) * (a.ndim - full.ndim)), a, b)
-
-
-@cache
-def _singular_values(driver: str):
-    return native_batch(lambda r: (svd.values(r, driver),), 1, (False,))
-
-
-def singular_values(driver: str, r: jax.Array) -> jax.Array:
-    """The singular values of R, decreasing."""
-    (s,) = _singular_values(driver)(r)
-    return s

@@ -7,7 +7,8 @@ each other to working precision.
 import jax
 import jax.numpy as jnp
 
-from .._numerics import H, abs2, identity_like, mm, triangular_solve
+from .._library import triangular_solve
+from .._numerics import H, abs2, identity_like, mm
 
 # Rounding in R^-1 is kappa(R) eps relative, at most about 1/max(m, n) where the certificate can fire
 # at the default rcond; the margin covers it.

@@ -10,6 +10,7 @@ same pivots, since the columns of both have the same inner products.
 import jax
 import jax.numpy as jnp
 
+from .._library import qr
 from .._numerics import H
 from .condition_estimate import estimate_rank
 from .kept import Kept
@@ -26,7 +27,7 @@ def decompose(r: jax.Array, rcond: jax.Array) -> Kept:
     eye = jnp.eye(p, dtype=r.dtype)
     # Zero columns stay zero under Householder reflections, so a QR factorisation of the masked
     # [R11 R12]^H is that of its first `rank` columns.
-    w, lh = jnp.linalg.qr(H(jnp.where(rows, rp, 0)))
+    w, lh = qr(H(jnp.where(rows, rp, 0)))
     inverse_perm = jnp.argsort(perm, axis=-1)
     w = jnp.take_along_axis(w, inverse_perm[..., :, None], axis=-2)
     e = (jnp.arange(p)[:, None] == perm[..., None, :]) & columns

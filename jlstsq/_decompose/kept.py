@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import jax
 
-from .._numerics import H, mm, triangular_solve
+from .._library import triangular_solve
+from .._numerics import H, mm
 
 
 class Kept(NamedTuple):

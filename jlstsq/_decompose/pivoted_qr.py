@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._library import householder_product
 from .._numerics import abs2
 
 
@@ -31,9 +32,14 @@ def _reflector(x: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
     return v, tau, jnp.where(trivial, alpha, beta.astype(x.dtype))
 
 
-@partial(jnp.vectorize, signature="(p,p)->(p,p),(p,p),(p)")
 def pivoted_qr(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """U, Rp and the 0-based permutation with A[:, perm] = U Rp and |diag Rp| not increasing."""
+    vectors, taus, perm = _factor(a)
+    return householder_product(vectors, taus), jnp.triu(vectors), perm
+
+
+@partial(jnp.vectorize, signature="(p,p)->(p,p),(p),(p)")
+def _factor(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     p = a.shape[-1]
     index = jnp.arange(p)
     tolerance = jnp.sqrt(jnp.finfo(a.dtype).eps)
@@ -61,4 +67,4 @@ def pivoted_qr(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
     state = (a, jnp.zeros(p, a.dtype), index, norms, norms)
     a, taus, perm, _, _ = lax.fori_loop(0, p, step, state)
-    return lax.linalg.householder_product(a, taus), jnp.triu(a), perm
+    return a, taus, perm

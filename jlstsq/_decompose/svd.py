@@ -6,36 +6,20 @@ Decomposing the triangle instead of A is Chan's (1982) QR-first SVD.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from .. import _library as library
 from .._numerics import H
 from .kept import Kept
 
 
-def _svd(r: jax.Array, driver: str, vectors: bool):
-    """Gelss takes the QR-iteration SVD where it may: CUDA and ROCm."""
-
-    def default(r):
-        return lax.linalg.svd(r, full_matrices=False, compute_uv=vectors)
-
-    def qr_iteration(r):
-        algorithm = lax.linalg.SvdAlgorithm.QR
-        return lax.linalg.svd(r, full_matrices=False, compute_uv=vectors, algorithm=algorithm)
-
-    if driver == "gelsd":
-        return default(r)
-    return lax.platform_dependent(r, cuda=qr_iteration, rocm=qr_iteration, default=default)
-
-
 def values(r: jax.Array, driver: str) -> jax.Array:
     """The singular values of R alone."""
-    s = _svd(r, driver, vectors=False)
-    return s[0] if isinstance(s, (tuple, list)) else s
+    return library.singular_values(r, qr_iteration=driver == "gelss")
 
 
 def factors(r: jax.Array, driver: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U, s, V of R = U diag(s) V^H."""
-    u, s, vh = _svd(r, driver, vectors=True)
+    """U, s, V of R = U diag(s) V^H. gelss takes the QR-iteration SVD where it may: CUDA and ROCm."""
+    u, s, vh = library.svd(r, qr_iteration=driver == "gelss")
     return u, s, H(vh)
 
 

@@ -7,18 +7,18 @@ residual norms (Golub 1965; Bjorck, Numerical Methods for Least Squares Problems
 import jax
 import jax.numpy as jnp
 
+from .. import _library as library
 from .._numerics import H, abs2, mm
 
 
 def triangle(t: jax.Array) -> jax.Array:
     """R of T = Q R."""
-    return jnp.linalg.qr(t, mode="r")
+    return library.triangle(t)
 
 
 def orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Q and R of T = Q R, Q of T's shape."""
-    q, r = jnp.linalg.qr(t, mode="reduced")
-    return q, r
+    return library.qr(t)
 
 
 def reduce_augmented(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
