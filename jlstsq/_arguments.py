@@ -50,9 +50,9 @@ def _is_weak(a: jax.Array) -> bool:
     return bool(getattr(jax.typeof(a), "weak_type", False))
 
 
-def is_vector(a: jax.Array, b: jax.Array) -> bool:
+def is_vector(a_shape: tuple, b: jax.Array) -> bool:
     """Whether B is one right-hand side per matrix; the vector reading wins ties."""
-    return b.ndim == 1 or (b.ndim == a.ndim - 1 and b.shape == a.shape[:-1])
+    return b.ndim == 1 or b.shape == a_shape[:-1]
 
 
 def check_matrix(a: jax.Array) -> None:

@@ -50,24 +50,30 @@ def _map(v: derivative.Factors, y: jax.Array, adjoint: bool = False) -> jax.Arra
     return mm(H(kept.w) if adjoint else kept.w, y)
 
 
+def _core(factors: derivative.Factors) -> Pair:
+    """q1, with the basis it is in, and r; the identity for r where gels answers NaN."""
+    assert factors.core is not None
+    left, small = factors.core
+    return left, where_matrix(factors.decision.usable, small, identity_like(small))
+
+
 def _onto(u: derivative.Factors, f: jax.Array) -> jax.Array:
     """U^H f."""
-    left, _ = u.core
+    left, _ = _core(u)
     return mm(H(left), f if u.wide else derivative.adjoint_times(u.q, f))
 
 
 def _values(factors: derivative.Factors, b: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """The solution, and the squared residuals where T is tall."""
-    t, q, r, decision, weights, ridge, (_, small) = factors
+    t, q, r, decision, weights, ridge, _ = factors
     root = derivative.root(weights)
-    small = where_matrix(decision.usable, small, identity_like(small))
+    left, small = _core(factors)
     f = derivative.weigh(root, b)
     if weights is None and not factors.wide:
         # Q^H b is all that reads large data, and it is the same for every ridge.
         c = derivative.adjoint_times(q, f)
 
         def general():
-            left, _ = factors.core
             return mm(decision.kept.w, triangular_solve(small, mm(H(left), c)))
 
         if ridge is None:
@@ -89,8 +95,7 @@ def _values(factors: derivative.Factors, b: jax.Array) -> tuple[jax.Array, jax.A
 
 def _values_adjoint(factors: derivative.Factors, c: jax.Array) -> jax.Array:
     """S^H c = W^(1/2) U r^-H V^H c."""
-    left, small = factors.core
-    small = where_matrix(factors.decision.usable, small, identity_like(small))
+    left, small = _core(factors)
     y = mm(left, triangular_solve(small, _map(factors, c, adjoint=True), adjoint=True))
     return derivative.weigh(derivative.root(factors.weights), y if factors.wide else mm(factors.q, y))
 
@@ -120,8 +125,7 @@ def _covariance(driver: str, factors: derivative.Factors) -> jax.Array:
     """X X^H, X = V r^-1 q1^H."""
 
     def values(factors):
-        left, small = factors.core
-        small = where_matrix(factors.decision.usable, small, identity_like(small))
+        left, small = _core(factors)
         x = _map(factors, triangular_solve(small, H(left)))
         return mm(x, H(x))
 
@@ -132,7 +136,7 @@ def _leverages(driver: str, factors: derivative.Factors) -> jax.Array:
     """The squared row norms of U."""
 
     def values(factors):
-        left, _ = factors.core
+        left, _ = _core(factors)
         return abs2(left if factors.wide else mm(factors.q, left)).sum(-1)
 
     return derivative.differentiated_as(partial(derivative.leverages, driver))(values)(factors)
@@ -145,7 +149,7 @@ def _trace(driver: str, factors: derivative.Factors) -> jax.Array:
         return derivative.leverages(driver, factors).sum(-1)
 
     def values(factors):
-        return abs2(factors.core[0]).sum((-2, -1))
+        return abs2(_core(factors)[0]).sum((-2, -1))
 
     return derivative.differentiated_as(exact)(values)(factors)
 
@@ -260,11 +264,11 @@ class Factorization:
     def _applied(self, B: Any, name: str, apply: Callable) -> list[jax.Array]:
         """Check B (or C), hand it over as columns (*batch, rows, K), and shape what comes back."""
         B = arguments.check_array(B, name)
-        compute, result, _ = arguments.common_dtypes(jax.ShapeDtypeStruct((), self.dtype), B)
+        compute, result, _ = arguments.common_dtypes(jnp.zeros((), self.dtype), B)
         here = self._cast(compute)
         shape = self.matrix.shape
-        rows = shape if name == "B" else (*self._batch, shape[-1], shape[-2])
-        vector = arguments.is_vector(jax.ShapeDtypeStruct(rows, compute), B)
+        shape_of = shape if name == "B" else (*self._batch, shape[-1], shape[-2])
+        vector = arguments.is_vector(shape_of, B)
         batch = arguments.check_right_hand_side(shape, B, vector, name)
         b = B.astype(compute)
         b = b[..., None] if vector else b

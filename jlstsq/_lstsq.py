@@ -89,7 +89,7 @@ def lstsq(
     if weights is not None or ridge is not None:
         A = A.astype(dtypes.result)
         return factorize(A, rcond, driver=driver, weights=weights, ridge=ridge).lstsq(B)
-    vector = arguments.is_vector(A, B)
+    vector = arguments.is_vector(A.shape, B)
     batch = arguments.check_right_hand_side(A.shape, B, vector)
     a, b = A.astype(dtypes.compute), B.astype(dtypes.compute)
     rcond = arguments.resolve_rcond(rcond, a.shape, dtypes.compute)
