@@ -433,7 +433,7 @@ class Factorization:
             _, rho = self._fit(b)
             free = self._rows() - self.rank
             variance = jnp.diagonal(self.covariance(), axis1=-2, axis2=-1).real.astype(rho.dtype)
-            free = jnp.where(free > 0, free, jnp.nan).astype(rho.dtype)
+            free = jnp.where(free > 0, free.astype(rho.dtype), jnp.nan)
             return [_sqrt(variance)[..., None] * _sqrt(rho / free[..., None])[..., None, :]]
 
         errors = self._applied(B, "B", apply)[0]
