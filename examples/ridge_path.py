@@ -33,11 +33,10 @@ def path(A, b, ridges):
 
 
 x, rho, gcv = path(A, b, ridges)
+print("   ridge      |x|   residual        GCV")
 for i in range(0, 500, 83):
-    norm = float(jnp.linalg.norm(x[i]))
-    print(
-        f"ridge {float(ridges[i]):8.1e}   |x| {norm:8.4g}   residual {float(rho[i]):9.4g}   GCV {float(gcv[i]):.4g}"
-    )
+    row = [float(v) for v in (ridges[i], jnp.linalg.norm(x[i]), rho[i], gcv[i])]
+    print("{:8.1e} {:8.4g} {:10.4g} {:10.4g}".format(*row))
 print(f"smallest GCV at ridge {float(ridges[jnp.argmin(gcv)]):.1e}")
 
 # one reduction of A for all of them

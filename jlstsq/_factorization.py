@@ -554,7 +554,7 @@ def factorize(
       >>> b = np.array([1.0, 2.0, 4.0, 4.0])
       >>> factors = factorize(A)
       >>> print(np.asarray(factors.solve(b)).round(3), np.asarray(factors.standard_errors(b)).round(3))
-      [1.1 1.1] [0.497 0.265]
+      [1.1 1.1] [0.495 0.265]
 
     """
     driver = arguments.check_driver(driver)
