@@ -6,11 +6,11 @@ This module chooses how; today every path is Householder's.
 
 import jax
 
-from .._numerics import native_batch
 from . import householder
 
 
-def _project(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def project(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """R, Q^H b and the squared norms of the columns of (I - Q Q^H) b."""
     # Each right-hand side that rides along in QR of [T, b] costs as much as a column of T;
     # beyond about p of them forming Q once is cheaper.
     if b.shape[-1] <= t.shape[-1]:
@@ -18,7 +18,5 @@ def _project(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arra
     return householder.reduce_apply(t, b)
 
 
-project = native_batch(_project, 1, (False, True, True))
-project.__doc__ = "R, Q^H b and the squared norms of the columns of (I - Q Q^H) b."
 triangle = householder.triangle
 orthonormal = householder.orthonormal
