@@ -23,6 +23,18 @@ def abs2(a: jax.Array) -> jax.Array:
     return a.real**2 + a.imag**2 if jnp.iscomplexobj(a) else a**2
 
 
+def norm2_bound(a: jax.Array) -> jax.Array:
+    """An upper bound of ||A||_2: ||(A^H A)^2||_F^(1/4), at most p^(1/8) too large.
+
+    A is scaled by its Frobenius norm first, so that the powers stay in range.
+    """
+    frobenius = jnp.sqrt(abs2(a).sum((-2, -1)))
+    unit = a / jnp.where(frobenius > 0, frobenius, 1)[..., None, None].astype(a.dtype)
+    gram = mm(H(unit), unit)
+    gram = mm(gram, gram)
+    return frobenius * jnp.sqrt(jnp.sqrt(jnp.sqrt(abs2(gram).sum((-2, -1)))))
+
+
 def real_dtype(dtype: Any) -> Any:
     """The dtype of the absolute value."""
     return jnp.finfo(dtype).dtype

@@ -7,23 +7,11 @@ each other to working precision. Both take R^-1, which is at hand.
 import jax
 import jax.numpy as jnp
 
-from .._numerics import H, abs2, mm
+from .._numerics import abs2, norm2_bound
 
 # Rounding in R^-1 is kappa(R) eps relative, at most about 1/max(m, n) where the certificate can fire
 # at the default rcond; the margin covers it.
 _MARGIN = 0.9
-
-
-def norm2_bound(a: jax.Array) -> jax.Array:
-    """An upper bound of ||A||_2: ||(A^H A)^2||_F^(1/4), at most p^(1/8) too large.
-
-    A is scaled by its Frobenius norm first, so that the powers stay in range.
-    """
-    frobenius = jnp.sqrt(abs2(a).sum((-2, -1)))
-    unit = a / jnp.where(frobenius > 0, frobenius, 1)[..., None, None].astype(a.dtype)
-    gram = mm(H(unit), unit)
-    gram = mm(gram, gram)
-    return frobenius * jnp.sqrt(jnp.sqrt(jnp.sqrt(abs2(gram).sum((-2, -1)))))
 
 
 def condition(r: jax.Array, inverse: jax.Array) -> jax.Array:
