@@ -123,7 +123,8 @@ def _solve_empty(wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _solve(driver: str, wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):
     """T^+ b (tall) or T^+H b (wide) for T (*batch, m, p), b (*batch, m or p, k), rcond (*batch)."""
-    return values(driver, wide)(t, rcond, b)
+    x, rho, rank, s = values(driver, wide)(t, rcond, b)
+    return x, None if wide else rho, rank, s
 
 
 def _solve_rule(driver, wide, primals, tangents):

@@ -26,13 +26,12 @@ def abs2(a: jax.Array) -> jax.Array:
 def norm2_bound(a: jax.Array) -> jax.Array:
     """An upper bound of ||A||_2: ||(A^H A)^2||_F^(1/4), at most p^(1/8) too large.
 
-    A is scaled by its Frobenius norm first, so that the powers stay in range.
+    A is scaled by a norm first, so that the powers stay in range.
     """
-    frobenius = jnp.sqrt(abs2(a).sum((-2, -1)))
-    unit = a / jnp.where(frobenius > 0, frobenius, 1)[..., None, None].astype(a.dtype)
+    size = abs(a).sum((-2, -1))
+    unit = a / jnp.where(size > 0, size, 1)[..., None, None].astype(a.dtype)
     gram = mm(H(unit), unit)
-    gram = mm(gram, gram)
-    return frobenius * jnp.sqrt(jnp.sqrt(jnp.sqrt(abs2(gram).sum((-2, -1)))))
+    return size * abs2(mm(gram, gram)).sum((-2, -1)) ** 0.125
 
 
 def real_dtype(dtype: Any) -> Any:

@@ -78,7 +78,7 @@ def _by_gram(driver: str, adjoint: bool, t: jax.Array, b: jax.Array) -> Attempt:
     return Attempt(
         solution=x,
         residuals=rho,
-        condition=certificate.condition(factor.triangle, factor.inverse),
+        condition=factor.condition,
         usable=jnp.ones_like(t_finite),
         solved=(factor.accepted & in_range & done.all(-1)) | ~t_finite,
         t_finite=t_finite,

@@ -36,6 +36,7 @@ class Gram(NamedTuple):
     inverse: jax.Array  # (*batch, p, p), D R^-1: (D R^-1)(D R^-1)^H = (T^H T)^-1
     triangle: jax.Array  # (*batch, p, p), R D^-1: its Gram matrix is that of T, to rounding
     contraction: jax.Array  # (*batch) theta
+    condition: jax.Array  # (*batch) a bound of ||T|| ||T^+||
     accepted: jax.Array  # (*batch) bool: G is definite and theta small
     squares: jax.Array  # (*batch, p), of the column norms
 
@@ -74,12 +75,18 @@ def factor(t: jax.Array) -> Gram:
     definite = positive & jnp.isfinite(jnp.diagonal(r, axis1=-2, axis2=-1).real).all(-1)
     r = where_matrix(definite, r, eye)
     x = triangular_solve(r, eye)
-    contraction = _rounding(m, p, squares.dtype) * norm2_bound(x) ** 2
+    inverse_norm = norm2_bound(x)
+    contraction = _rounding(m, p, squares.dtype) * inverse_norm**2
     accepted = definite & (contraction <= _CONTRACTION)
+    inverse = d[..., :, None].astype(x.dtype) * x
+    # ||T|| is at most its Frobenius norm, ||D R^-1|| at most its own and ||D|| ||R^-1||.
+    size = jnp.sqrt(squares.sum(-1))
+    inverse_size = jnp.minimum(d.max(-1) * inverse_norm, jnp.sqrt(abs2(inverse).sum((-2, -1))))
     return Gram(
-        inverse=d[..., :, None].astype(x.dtype) * x,
+        inverse=inverse,
         triangle=r / d[..., None, :].astype(r.dtype),
         contraction=contraction,
+        condition=size * inverse_size,
         accepted=accepted,
         squares=squares,
     )

@@ -6,11 +6,13 @@ method: the R, Q^H b and residual of the Householder QR of [T, b] (Golub 1965), 
 singular values one-sided Jacobi rotations of R (Hestenes 1958; Drmac and Veselic 2008).
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .._numerics import abs2
@@ -19,6 +21,8 @@ from .._numerics import abs2
 # product and sum over 8192 float32 lanes or more.
 _LANES = 256
 _SWEEPS = 16
+# Loops over so few columns are unrolled.
+_UNROLLED = 2
 
 
 class Lanes(NamedTuple):
@@ -33,80 +37,94 @@ class Lanes(NamedTuple):
     converged: jax.Array  # (N,) bool, of the singular values
 
 
-def _reflect(w: jax.Array, j: int) -> jax.Array:
+def _loop(count: int, body: Callable, start: Any) -> Any:
+    """A loop over columns: unrolled, where that is little code to compile."""
+    return lax.fori_loop(0, count, body, start, unroll=count <= _UNROLLED)
+
+
+def _reflect(j: Any, w: jax.Array) -> jax.Array:
     """One Householder step on w (m, columns, lanes): column j becomes beta e_j from row j on."""
-    x = w[j:, j]
-    alpha = x[0]
-    tail = abs2(x[1:]).sum(0)
+    rows = jnp.arange(w.shape[0])[:, None]
+    columns = jnp.arange(w.shape[1])[:, None]
+    x, alpha = w[:, j], w[j, j]
+    below = jnp.where(rows > j, x, 0)
+    tail = abs2(below).sum(0)
     norm = jnp.sqrt(abs2(alpha) + tail)
     # Nothing to reflect: H = I, as in LAPACK. A complex pivot is still made real.
     trivial = (tail == 0) & (alpha.imag == 0) if jnp.iscomplexobj(w) else tail == 0
     beta = jnp.where(alpha.real > 0, -norm, norm).astype(alpha.dtype)
     pivot = jnp.where(trivial, 1, alpha - beta)
     tau = jnp.where(trivial, 0, (beta - alpha) / jnp.where(trivial, 1, beta))
-    v = jnp.concatenate([jnp.ones_like(alpha)[None], x[1:] / pivot])
-    rest = w[j:, j + 1 :]
-    row = (v.conj()[:, None] * rest).sum(0)
-    rest = rest - v[:, None] * (jnp.conj(tau) * row)
-    column = jnp.concatenate([jnp.where(trivial, alpha, beta)[None], jnp.zeros_like(x[1:])])
-    return w.at[j:, j + 1 :].set(rest).at[j:, j].set(column)
+    v = jnp.where(rows == j, 1, below / pivot)
+    row = jnp.where(columns > j, (v.conj()[:, None] * w).sum(0), 0)
+    w = w - v[:, None] * (jnp.conj(tau) * row)
+    column = jnp.where(rows == j, jnp.where(trivial, alpha, beta), jnp.where(rows < j, x, 0))
+    return w.at[:, j].set(column)
 
 
 def _substitute(r: jax.Array, c: jax.Array) -> jax.Array:
     """R^-1 c for the upper triangles r (p, p, lanes) and c (p, k, lanes)."""
-    rows: list[jax.Array] = []
-    for i in reversed(range(r.shape[0])):
-        known = sum((r[i, j] * x for j, x in zip(range(i + 1, r.shape[0]), rows, strict=True)), start=0)
-        rows.insert(0, (c[i] - known) / r[i, i])
-    return jnp.stack(rows)
+    p = r.shape[0]
+
+    def row(step, x):
+        i = p - 1 - step
+        return x.at[i].set((c[i] - (r[i][:, None] * x).sum(0)) / r[i, i])
+
+    return _loop(p, row, jnp.zeros_like(c))
 
 
 def _substitute_adjoint(r: jax.Array, c: jax.Array) -> jax.Array:
     """R^-H c."""
-    rows: list[jax.Array] = []
-    for i in range(r.shape[0]):
-        known = sum((r[j, i].conj() * x for j, x in enumerate(rows)), start=0)
-        rows.append((c[i] - known) / r[i, i].conj())
-    return jnp.stack(rows)
+
+    def row(i, x):
+        return x.at[i].set((c[i] - (r[:, i].conj()[:, None] * x).sum(0)) / r[i, i].conj())
+
+    return _loop(r.shape[0], row, jnp.zeros_like(c))
+
+
+def _rotate(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Columns x and y made orthogonal by one Jacobi rotation, and the cosine of their angle before."""
+    xx, yy = abs2(x).sum(0), abs2(y).sum(0)
+    xy = (x.conj() * y).sum(0)
+    size, both = abs(xy), jnp.sqrt(xx) * jnp.sqrt(yy)
+    cosine = size / jnp.where(both > 0, both, 1)
+    some = size > 0
+    unit = jnp.where(some, size, 1)
+    zeta = (yy - xx) / (2 * unit)
+    t = jnp.where(zeta >= 0, 1, -1) / (abs(zeta) + jnp.sqrt(1 + zeta**2))
+    cos = jnp.where(some, 1 / jnp.sqrt(1 + t**2), 1)
+    sin = jnp.where(some, cos * t, 0).astype(x.dtype)
+    cos = cos.astype(x.dtype)
+    y = y * (xy / unit.astype(xy.dtype)).conj() if jnp.iscomplexobj(x) else y * jnp.where(xy < 0, -1, 1)
+    return cos * x - sin * y, sin * x + cos * y, cosine
 
 
 def _singular_values(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Those of the columns of a (p, p, lanes), decreasing, by one-sided Jacobi; whether it converged."""
-    p = a.shape[0]
-    eps = float(jnp.finfo(a.dtype).eps)
+    p, lanes = a.shape[0], a.shape[-1]
+    # The test sees the angles before the sweep; quadratic convergence squares them.
+    small = 0.1 * float(jnp.finfo(a.dtype).eps) ** 0.5
+    i, j = (jnp.array(x) for x in np.triu_indices(p, 1))
 
     def sweep(state):
         count, columns, _ = state
-        columns = list(columns)
-        largest = jnp.zeros(a.shape[-1], columns[0].real.dtype)
-        for i in range(p):
-            for j in range(i + 1, p):
-                x, y = columns[i], columns[j]
-                xx, yy = abs2(x).sum(0), abs2(y).sum(0)
-                xy = (x.conj() * y).sum(0)
-                size, both = abs(xy), jnp.sqrt(xx) * jnp.sqrt(yy)
-                largest = jnp.maximum(largest, jnp.where(size > 0, size / jnp.where(both > 0, both, 1), 0))
-                rotate = size > 0
-                zeta = (yy - xx) / (2 * jnp.where(rotate, size, 1))
-                t = jnp.where(zeta >= 0, 1, -1) / (abs(zeta) + jnp.sqrt(1 + zeta**2))
-                cos = 1 / jnp.sqrt(1 + t**2)
-                cos = jnp.where(rotate, cos, 1)
-                sin = jnp.where(rotate, cos * t, 0)
-                cos, sin = cos.astype(a.dtype), sin.astype(a.dtype)
-                phase = xy / jnp.where(rotate, size, 1).astype(a.dtype)
-                y_ = y * phase.conj()
-                columns[i], columns[j] = cos * x - sin * y_, sin * x + cos * y_
-        return count + 1, tuple(columns), largest
+
+        def pair(n, state):
+            columns, largest = state
+            x, y, cosine = _rotate(columns[i[n]], columns[j[n]])
+            return columns.at[i[n]].set(x).at[j[n]].set(y), jnp.maximum(largest, cosine)
+
+        start = (columns, jnp.zeros(lanes, a.real.dtype))
+        columns, largest = _loop(i.shape[0], pair, start)
+        return count + 1, columns, largest
 
     def going(state):
         count, _, largest = state
-        # the test sees the angles before the sweep: quadratic convergence makes them eps after it
-        return (count < _SWEEPS) & (largest > eps**0.5 * 0.1).any()
+        return (count < _SWEEPS) & (largest > small).any()
 
-    start = (0, tuple(a[:, j] for j in range(p)), jnp.full(a.shape[-1], jnp.inf, a.real.dtype))
+    start = (0, jnp.swapaxes(a, 0, 1), jnp.full(lanes, jnp.inf, a.real.dtype))
     _, columns, largest = lax.while_loop(going, sweep, start)
-    s = jnp.sqrt(jnp.stack([abs2(x).sum(0) for x in columns]))
-    return -jnp.sort(-s, axis=0), ~(largest > eps**0.5 * 0.1)
+    return -jnp.sort(-jnp.sqrt(abs2(columns).sum(1)), axis=0), ~(largest > small)
 
 
 def _block(adjoint: bool, spectrum: bool, tb: tuple[jax.Array, jax.Array]) -> Lanes:
@@ -114,8 +132,7 @@ def _block(adjoint: bool, spectrum: bool, tb: tuple[jax.Array, jax.Array]) -> La
     t, b = (jnp.moveaxis(a, 0, -1) for a in tb)
     p = t.shape[1]
     w = t if adjoint else jnp.concatenate([t, b], axis=1)
-    for j in range(min(p, w.shape[0])):
-        w = _reflect(w, j)
+    w = _loop(p, _reflect, w)
     r = w[:p, :p]
     eye = jnp.broadcast_to(jnp.eye(p, dtype=r.dtype)[..., None], r.shape)
     inverse = _substitute(r, eye)

@@ -3,7 +3,8 @@
 A random sketch S T of 4 p rows has a pivoted triangle R1, S T P = Q_s R1, such that Z = T P R1^-1 is
 nearly orthonormal: its condition number is about 3, whatever that of T is. Cholesky of its Gram
 matrix, R2^H R2, then is as stable as Householder's method, T P = (Z R2^-1) (R2 R1) (rand_cholQR:
-Balabanov 2022; Higgins, Szyld, Boman and Yamazaki 2023; CQRRPT: Melnichenko et al. 2023).
+Balabanov 2022; Higgins, Szyld, Boman and Yamazaki 2023; CQRRPT: Melnichenko et al. 2023; pivots from
+LU: BQRRP, Melnichenko et al. 2025).
 
 Pivoting is what allows an explicit inverse of R1, and so a product instead of substitutions: the rows
 of R1 are graded, |R1^-1| |R1| is small, and that is what the backward error T P - Z R1 grows by.
@@ -19,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._decompose.pivoted_qr import pivoted_qr
 from .._library import cholesky, qr, triangle, triangular_solve
 from .._numerics import H, abs2, identity_like, mm, norm2_bound, where_matrix
 
@@ -76,7 +76,10 @@ def precondition(t: jax.Array) -> Preconditioned:
     small = triangle(_sketch(t))
     eye = identity_like(small)
     finite = jnp.isfinite(small).all()
-    _, r1, perm = pivoted_qr(where_matrix(finite, small, eye))
+    small = where_matrix(finite, small, eye)
+    # Row pivots of the adjoint's LU factorisation are column pivots of the triangle (BQRRP).
+    _, _, perm = lax.linalg.lu(H(small))
+    r1 = triangle(small[:, perm])
     regular = finite & (jnp.diagonal(r1) != 0).all()
     r1 = where_matrix(regular, r1, eye)
     inverse = triangular_solve(r1, eye)
