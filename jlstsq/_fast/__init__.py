@@ -1,6 +1,6 @@
 """Fast: solutions without a library's factorisation of the data, with a proof that they are as good.
 
-`lanes` solves many small matrices at once, `gram` whole ones by products. This module says which one is
+`lanes` solves many small matrices at once, `seminormal` whole ones by products. This module says which one is
 worth a try; `_values` asks it, and takes the careful path where the proof fails.
 """
 
@@ -14,7 +14,8 @@ from jax import lax
 
 from .._decompose import certificate, svd
 from .._numerics import largest_entry
-from . import gram, lanes
+from .._reduce import cholesky
+from . import lanes, seminormal
 
 
 class Attempt(NamedTuple):
@@ -39,9 +40,7 @@ def attempt(driver: str, adjoint: bool, t: jax.Array, b: jax.Array) -> Attempt |
     known = all(isinstance(d, int) for d in (*t.shape, *b.shape))
     if known and p <= 8 and m <= 64 and b.shape[-1] <= 8:
         return _by_lanes(driver, adjoint, t, b)
-    # The Gram matrix of float32 data is believed up to a condition number of about ten only, which
-    # a random matrix has when it is much taller than wide.
-    if m >= (4 * p if jnp.finfo(t.dtype).bits == 32 else p):
+    if cholesky.worthwhile(t.shape, t.dtype):
         return _by_gram(driver, adjoint, t, b)
     return None
 
@@ -56,7 +55,7 @@ def _in_range(t: jax.Array, b: jax.Array, squares: jax.Array) -> tuple[jax.Array
 
     Column norms that are not finite mean NaN, Inf or an overflow; to know which costs a pass over T.
     """
-    low, high = gram.range_of(t.shape[-2], squares.dtype)
+    low, high = cholesky.range_of(t.shape[-2], squares.dtype)
     b_largest, b_finite = largest_entry(b, -2)
     b_in_range = (b_largest == 0) | ((b_largest > low**0.5) & (b_largest < high**0.5))
     in_range = ((squares > low) & (squares < high)).all(-1) & b_in_range.all(-1)
@@ -68,13 +67,13 @@ def _in_range(t: jax.Array, b: jax.Array, squares: jax.Array) -> tuple[jax.Array
 
 
 def _by_gram(driver: str, adjoint: bool, t: jax.Array, b: jax.Array) -> Attempt:
-    factor = gram.factor(t)
+    factor = cholesky.factor(t, rows_apart=adjoint)
     in_range, t_finite, b_finite = _in_range(t, b, factor.squares)
     if adjoint:
-        x, done = gram.solve_adjoint(t, factor, b)
+        x, done = seminormal.solve_adjoint(t, factor, b)
         rho = jnp.zeros(done.shape, factor.squares.dtype)
     else:
-        x, rho, done = gram.solve(t, factor, b)
+        x, rho, done = seminormal.solve(t, factor, b)
     return Attempt(
         solution=x,
         residuals=rho,
@@ -83,7 +82,7 @@ def _by_gram(driver: str, adjoint: bool, t: jax.Array, b: jax.Array) -> Attempt:
         solved=(factor.accepted & in_range & done.all(-1)) | ~t_finite,
         t_finite=t_finite,
         b_finite=b_finite,
-        singular_values=lambda: svd.values(gram.triangle(t, factor), driver),
+        singular_values=lambda: svd.values(cholesky.triangle(t, factor), driver),
     )
 
 

@@ -7,8 +7,8 @@ This module chooses how: by products where T is very tall and they are proven st
 import jax
 from jax import lax
 
-from .._numerics import native_batch
-from . import householder, sketch
+from .._numerics import native_batch, where_matrix
+from . import cholesky, householder, sketch
 
 
 def project(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -30,17 +30,33 @@ def triangle(t: jax.Array) -> jax.Array:
     return lax.cond(z.accepted, lambda: z.r, lambda: householder.triangle(t))
 
 
-def _orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _by_library(t: jax.Array) -> tuple[jax.Array, jax.Array]:
     if not sketch.worthwhile(t.shape):
         return householder.orthonormal(t)
     z = sketch.precondition(t)
     return lax.cond(z.accepted, lambda: sketch.orthonormal(z), lambda: householder.orthonormal(t))
 
 
+def _orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if not cholesky.worthwhile(t.shape, t.dtype):
+        return _by_library(t)
+    gram = cholesky.factor(t)
+    q, r = cholesky.orthonormal(t, gram)
+
+    def otherwise():
+        other_q, other_r = _by_library(t)
+        return where_matrix(gram.accepted, q, other_q), where_matrix(gram.accepted, r, other_r)
+
+    return lax.cond(gram.accepted.all(), lambda: (q, r), otherwise)
+
+
 _batched_orthonormal = native_batch(_orthonormal, 1, (False, False))
 
 
 def orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Q and R of T = Q R, Q of T's shape. Never differentiated."""
+    """Q and R of T = Q R, Q of T's shape. Never differentiated.
+
+    T of entries of order one: a Gram matrix squares them.
+    """
     q, r = _batched_orthonormal(t)
     return q, r
