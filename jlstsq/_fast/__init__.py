@@ -14,8 +14,8 @@ from jax import lax
 
 from .._decompose import certificate, svd
 from .._numerics import largest_entry
-from .._reduce import cholesky
-from . import lanes, seminormal
+from .._reduce import cholesky, lanes
+from . import seminormal
 
 
 class Attempt(NamedTuple):
@@ -33,12 +33,7 @@ class Attempt(NamedTuple):
 
 def attempt(driver: str, adjoint: bool, t: jax.Array, b: jax.Array) -> Attempt | None:
     """T^+ b, or T^+H b, or None where no fast path is likely to help."""
-    m, p = t.shape[-2:]
-    if not (isinstance(m, int) and isinstance(p, int)):
-        return None
-    # Unrolled code is compiled code: only for few columns and right-hand sides.
-    known = all(isinstance(d, int) for d in (*t.shape, *b.shape))
-    if known and p <= 8 and m <= 64 and b.shape[-1] <= 8:
+    if lanes.worthwhile(t.shape) and lanes.worthwhile(b.shape):
         return _by_lanes(driver, adjoint, t, b)
     if cholesky.worthwhile(t.shape, t.dtype):
         return _by_gram(driver, adjoint, t, b)

@@ -8,7 +8,7 @@ import jax
 from jax import lax
 
 from .._numerics import native_batch, where_matrix
-from . import cholesky, householder, sketch
+from . import cholesky, householder, lanes, sketch
 
 
 def project(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -38,6 +38,8 @@ def _by_library(t: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if lanes.worthwhile(t.shape):
+        return lanes.orthonormal(t)
     if not cholesky.worthwhile(t.shape, t.dtype):
         return _by_library(t)
     gram = cholesky.factor(t)

@@ -25,6 +25,12 @@ _SWEEPS = 16
 _UNROLLED = 2
 
 
+def worthwhile(shape: tuple) -> bool:
+    """Whether matrices of this shape are small; symbolic dimensions are large."""
+    known = all(isinstance(d, int) for d in shape)
+    return known and shape[-1] <= 8 and shape[-2] <= 64
+
+
 class Lanes(NamedTuple):
     """Results with the batch first."""
 
@@ -60,6 +66,16 @@ def _reflect(j: Any, w: jax.Array) -> jax.Array:
     w = w - v[:, None] * (jnp.conj(tau) * row)
     column = jnp.where(rows == j, jnp.where(trivial, alpha, beta), jnp.where(rows < j, x, 0))
     return w.at[:, j].set(column)
+
+
+def _factor(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Q (lanes, m, p) and R of one block T (lanes, m, p)."""
+    w = jnp.moveaxis(t, 0, -1)
+    m, p = w.shape[:2]
+    eye = jnp.broadcast_to(jnp.eye(m, dtype=w.dtype)[..., None], (m, m, w.shape[-1]))
+    # [T, I] becomes [R, Q^H]
+    w = _loop(p, _reflect, jnp.concatenate([w, eye], axis=1))
+    return jnp.moveaxis(w[:p, p:], (0, 1, 2), (2, 1, 0)).conj(), jnp.moveaxis(w[:p, :p], -1, 0)
 
 
 def _substitute(r: jax.Array, c: jax.Array) -> jax.Array:
@@ -127,9 +143,9 @@ def _singular_values(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     return -jnp.sort(-jnp.sqrt(abs2(columns).sum(1)), axis=0), ~(largest > small)
 
 
-def _block(adjoint: bool, spectrum: bool, tb: tuple[jax.Array, jax.Array]) -> Lanes:
+def _block(adjoint: bool, spectrum: bool, t: jax.Array, b: jax.Array) -> Lanes:
     """The results of one block of matrices, T (lanes, m, p) and b (lanes, rows, k)."""
-    t, b = (jnp.moveaxis(a, 0, -1) for a in tb)
+    t, b = jnp.moveaxis(t, 0, -1), jnp.moveaxis(b, 0, -1)
     p = t.shape[1]
     w = t if adjoint else jnp.concatenate([t, b], axis=1)
     w = _loop(p, _reflect, w)
@@ -161,23 +177,32 @@ def _block(adjoint: bool, spectrum: bool, tb: tuple[jax.Array, jax.Array]) -> La
     return Lanes(*(jnp.moveaxis(a, -1, 0) for a in out))
 
 
-def solve(adjoint: bool, spectrum: bool, t: jax.Array, b: jax.Array) -> Lanes:
-    """T^+ b or T^+H b for T (N, m, p) and b (N, rows, k), and what is to be known of R."""
-
-    def whole(t, b):
-        return _block(adjoint, spectrum, (t, b))
-
-    n = t.shape[0]
+def _over_blocks(fun: Callable, *args: jax.Array) -> Any:
+    """`fun` of the leading axis of its arguments, on CPU block by block."""
+    n = args[0].shape[0]
     if n <= _LANES:
-        return whole(t, b)
+        return fun(*args)
 
-    def cpu(t, b):
+    def cpu(*args):
         blocks = -(-n // _LANES)
-        padded = [
+        padded = (
             jnp.pad(a, ((0, blocks * _LANES - n), (0, 0), (0, 0))).reshape(blocks, _LANES, *a.shape[1:])
-            for a in (t, b)
-        ]
-        out = lax.map(partial(_block, adjoint, spectrum), tuple(padded))
+            for a in args
+        )
+        out = lax.map(lambda block: fun(*block), tuple(padded))
         return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], out)
 
-    return lax.platform_dependent(t, b, cpu=cpu, default=whole)
+    return lax.platform_dependent(*args, cpu=cpu, default=fun)
+
+
+def solve(adjoint: bool, spectrum: bool, t: jax.Array, b: jax.Array) -> Lanes:
+    """T^+ b or T^+H b for T (N, m, p) and b (N, rows, k), and what is to be known of R."""
+    return _over_blocks(partial(_block, adjoint, spectrum), t, b)
+
+
+def orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Q and R for T (*batch, m, p)."""
+    batch = t.shape[:-2]
+    out = _over_blocks(_factor, t.reshape(-1, *t.shape[-2:]))
+    q, r = (a.reshape(*batch, *a.shape[1:]) for a in out)
+    return q, r
