@@ -151,6 +151,7 @@ SMOOTH = [  # (driver, shape, dtype, in the default run)
         ("gelsd", "tall", "float64"), ("gelsd", "square", "float64"), ("gelsd", "wide", "complex128"),
     })
     for driver in DRIVERS for shape in SHAPES for dtype in ("float64", "complex128")
+    if (driver, dtype) != ("gelss", "complex128")  # on a CPU gelsd's
 ]  # fmt: skip
 
 
