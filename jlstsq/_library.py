@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._numerics import native_batch
+from ._numerics import H, native_batch
 
 # jaxlib splits from 200 000 operations on, by a count of its own that is less than this many
 # times rows * columns * min(rows, columns).
 _SPLIT = 200_000
 _COUNT = 40
+# Triangles of a batch this small are solved by code of our own.
+_TINY = 4
 
 
 def _in_thread(fun: Callable, *args: jax.Array) -> Any:
@@ -54,9 +56,25 @@ def _batched(fun: Callable, columns_out: tuple[bool, ...], matrices: int = 1, gp
     return native_batch(call, matrices, columns_out)
 
 
+def _substitute(r: jax.Array, b: jax.Array, lower: bool, adjoint: bool) -> jax.Array:
+    """R^-1 b or R^-H b, unrolled over the rows: a library's call costs more than its work where p is tiny."""
+    p = r.shape[-1]
+    a = H(r) if adjoint else r
+    order = range(p) if lower != adjoint else range(p - 1, -1, -1)
+    rows: dict[int, jax.Array] = {}
+    for i in order:
+        row = b[..., i, :]
+        for j, x in rows.items():
+            row = row - a[..., i, j, None] * x
+        rows[i] = row / a[..., i, i, None]
+    return jnp.stack([rows[i] for i in range(p)], axis=-2)
+
+
 @cache
 def _triangular_solve(lower: bool, adjoint: bool) -> Callable:
     def solve(r, b):
+        if r.ndim > 2 and r.shape[-1] <= _TINY:
+            return (_substitute(r, b, lower, adjoint),)
         x = lax.linalg.triangular_solve(
             r, b, left_side=True, lower=lower, transpose_a=adjoint, conjugate_a=adjoint
         )

@@ -1,7 +1,7 @@
 """The call: check, scale, reduce, decompose, apply; wide problems as the adjoint of tall ones."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,13 @@ from jax import lax
 
 from . import _arguments as arguments
 from . import _derivative as derivative
-from ._decompose import decider, solver, svd
+from ._decompose import decider, svd
 from ._factorization import factorize
-from ._numerics import H, abs2, largest_entry, mm, power_of_two, scale_by, where_matrix
-from ._reduce import orthonormal, project, triangle
+from ._numerics import H, abs2, mm
+from ._reduce import orthonormal
 from ._result import LstsqResult
+from ._scaling import good, safe_triangle, scale, unscale
+from ._values import values
 
 
 @partial(jax.jit, static_argnames=("driver",))
@@ -117,85 +119,18 @@ def lstsq(
     )
 
 
-class _Scaled(NamedTuple):
-    """T and b with entries of order one, and the powers of two that undo it."""
-
-    t: jax.Array  # (*batch, m, p)
-    b: jax.Array  # (*batch, rows, k); columns that held NaN or Inf are zero
-    t_size: tuple[jax.Array, jax.Array]  # (*batch) the scale and its inverse
-    b_size: tuple[jax.Array, jax.Array]  # (*batch, k)
-    t_finite: jax.Array  # (*batch) bool
-    b_finite: jax.Array  # (*batch, k) bool
-
-
-def _scale(t: jax.Array, b: jax.Array) -> _Scaled:
-    """Scale T per matrix and b per column, exactly, as LAPACK's drivers do near overflow and underflow."""
-    t_largest, t_finite = largest_entry(t, (-2, -1))
-    b_largest, b_finite = largest_entry(b, -2)
-    t_size, b_size = power_of_two(t_largest), power_of_two(b_largest)
-    return _Scaled(
-        t * t_size[1][..., None, None].astype(t.dtype),
-        jnp.where(b_finite[..., None, :], b, 0) * b_size[1][..., None, :].astype(b.dtype),
-        t_size,
-        b_size,
-        t_finite,
-        b_finite,
-    )
-
-
-def _unscale(scaled: _Scaled, x, rho, rank, s, good):
-    """Undo the scaling; NaN where the data, the threshold or gels' rank test say so.
-
-    Multiplying by NaN, where a select would do for the value, makes the gradient NaN as well.
-    """
-    nan = jnp.where(good[..., None] & scaled.b_finite, 1, jnp.nan).astype(scaled.t_size[0].dtype)
-    up, down = jnp.broadcast_arrays(scaled.b_size[0], scaled.t_size[1][..., None])
-    x = scale_by(x, up[..., None, :], down[..., None, :]) * nan[..., None, :].astype(x.dtype)
-    if rho is not None:
-        rho = rho * up * up * nan
-    nan = jnp.where(scaled.t_finite, 1, jnp.nan).astype(s.dtype)
-    s = s * (scaled.t_size[0] * nan)[..., None]
-    return x, rho, jnp.where(scaled.t_finite, rank, 0), s
-
-
-def _safe_triangle(scaled: _Scaled, r: jax.Array) -> jax.Array:
-    """R, with zeros instead of what came of NaN and Inf: no SVD must see those."""
-    return where_matrix(scaled.t_finite, r, jnp.zeros_like(r))
-
-
-def _good(driver: str, scaled: _Scaled, rcond: jax.Array, usable: jax.Array) -> jax.Array:
-    return scaled.t_finite & (usable if driver == "gels" else ~jnp.isnan(rcond))
-
-
-def _values(driver: str, wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):
-    """Solution, squared residuals (None for wide), rank and singular values, without Q."""
-    scaled = _scale(t, b)
-    t, b = scaled.t, scaled.b
-    if wide:
-        r = triangle(t)
-        y, rank, usable = solver(driver, True)(r, rcond, scaled.t_finite, b)
-        # T y with R backward stable is as accurate as using Q (Paige 1973).
-        x, rho = mm(t, y), None
-    else:
-        r, c, tail = project(t, b)
-        x, rank, usable = solver(driver, False)(r, rcond, scaled.t_finite, c)
-        rho = tail + abs2(c - mm(r, x)).sum(-2)
-    s = svd.values(_safe_triangle(scaled, r), driver)
-    return _unscale(scaled, x, rho, rank, s, _good(driver, scaled, rcond, usable))
-
-
 def _differentiable(driver: str, wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):
-    """The same as `_values`, written so that JAX can differentiate it to any order."""
-    scaled = _scale(t, b)
+    """The same as `values`, written so that JAX can differentiate it to any order."""
+    scaled = scale(t, b)
     t, b = scaled.t, scaled.b
     q, r = orthonormal(lax.stop_gradient(t))
     decision = decider(driver)(r, rcond, scaled.t_finite)
     factors = derivative.Factors(t, q, r, decision)
     x, rho = derivative.solve(driver, factors, b, adjoint=wide)
-    u, s, v = svd.factors(_safe_triangle(scaled, r), driver)
+    u, s, v = svd.factors(safe_triangle(scaled, r), driver)
     _, s, _ = derivative.singular_triplets(t, mm(q, u), s, v)
-    good = _good(driver, scaled, rcond, decision.usable)
-    return _unscale(scaled, x, rho, decision.kept.rank, s, good)
+    solved = good(driver, scaled, rcond, decision.usable)
+    return unscale(scaled, x, rho, decision.kept.rank, s, solved)
 
 
 def _solve_empty(wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):
@@ -208,7 +143,8 @@ def _solve_empty(wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _solve(driver: str, wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):
     """T^+ b (tall) or T^+H b (wide) for T (*batch, m, p), b (*batch, m or p, k), rcond (*batch)."""
-    return _values(driver, wide, t, b, rcond)
+    x, rho, rank, s = values(driver, wide)(t, rcond, b)
+    return x, None if wide else rho, rank, s
 
 
 def _solve_rule(driver, wide, primals, tangents):

@@ -23,6 +23,17 @@ def abs2(a: jax.Array) -> jax.Array:
     return a.real**2 + a.imag**2 if jnp.iscomplexobj(a) else a**2
 
 
+def norm2_bound(a: jax.Array) -> jax.Array:
+    """An upper bound of ||A||_2: ||(A^H A)^2||_F^(1/4), at most p^(1/8) too large.
+
+    A is scaled by a norm first, so that the powers stay in range.
+    """
+    size = abs(a).sum((-2, -1))
+    unit = a / jnp.where(size > 0, size, 1)[..., None, None].astype(a.dtype)
+    gram = mm(H(unit), unit)
+    return size * abs2(mm(gram, gram)).sum((-2, -1)) ** 0.125
+
+
 def real_dtype(dtype: Any) -> Any:
     """The dtype of the absolute value."""
     return jnp.finfo(dtype).dtype
@@ -70,7 +81,13 @@ def scale_by(a: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
     return a * first.astype(a.dtype) * second.astype(a.dtype)
 
 
-def native_batch(fun: Callable, matrices: int, columns_out: tuple[bool, ...]) -> Callable:
+def native_batch(
+    fun: Callable,
+    matrices: int,
+    columns_out: tuple[bool, ...],
+    thresholds: int = 0,
+    thresholds_out: tuple[bool, ...] = (),
+) -> Callable:
     """Let a user's vmap land on the batch dimensions that `fun` already has.
 
     `fun(*args)` takes arrays with common leading batch dimensions and returns a tuple. Its first
@@ -79,13 +96,23 @@ def native_batch(fun: Callable, matrices: int, columns_out: tuple[bool, ...]) ->
     only right-hand sides, they become more columns against the one matrix. `lax.cond` inside `fun`
     then sees one scalar predicate and stays a branch, where plain vmap would run both sides.
 
+    Between the two may stand `thresholds` arguments, for which `fun` broadcasts: where vmap batches
+    only these, the others get a leading dimension of 1, which is all that outputs not marked in
+    `thresholds_out` have.
+
     Only for use inside the primal of a custom_jvp: custom_vmap has no reverse mode.
     """
     batched = jax.custom_batching.custom_vmap(fun)
 
     @batched.def_vmap
     def rule(size, in_batched, *args):
-        if any(in_batched[:matrices]):
+        first_rhs = matrices + thresholds
+        by_threshold = any(in_batched[matrices:first_rhs])
+        if by_threshold and not any(in_batched[:matrices]) and not any(in_batched[first_rhs:]):
+            args = [a if moved else a[None] for a, moved in zip(args, in_batched, strict=True)]
+            out = batched(*args)
+            return tuple(o if t else o[0] for o, t in zip(out, thresholds_out, strict=True)), thresholds_out
+        if any(in_batched[:first_rhs]):
             args = [
                 a if moved else jnp.broadcast_to(a, (size, *a.shape))
                 for a, moved in zip(args, in_batched, strict=True)
@@ -94,9 +121,9 @@ def native_batch(fun: Callable, matrices: int, columns_out: tuple[bool, ...]) ->
             return out, (True,) * len(out)
         rhs = [
             jnp.moveaxis(b if moved else jnp.broadcast_to(b, (size, *b.shape)), 0, -2)
-            for b, moved in zip(args[matrices:], in_batched[matrices:], strict=True)
+            for b, moved in zip(args[first_rhs:], in_batched[first_rhs:], strict=True)
         ]
-        out = batched(*args[:matrices], *(b.reshape(*b.shape[:-2], -1) for b in rhs))
+        out = batched(*args[:first_rhs], *(b.reshape(*b.shape[:-2], -1) for b in rhs))
         unfold = [
             jnp.moveaxis(o.reshape(*o.shape[:-1], size, o.shape[-1] // size), -2, 0) if c else o
             for o, c in zip(out, columns_out, strict=True)

@@ -1,137 +1,184 @@
-"""Derivatives: against finite differences, in every mode, at every rank."""
+"""Derivatives: against finite differences, in every mode, at every rank.
+
+The exhaustive part (order three, every nesting) is `test_derivative_sweep.py`.
+"""
+
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import problems
 import pytest
-from jax.test_util import check_grads
 
 from jlstsq import lstsq
 
 DRIVERS = ("gels", "gelsy", "gelsd", "gelss")
 SHAPES = {"tall": (5, 3), "square": (3, 3), "wide": (3, 5)}
 
+# The spectrum, rcond and rank. Under "duplicated" columns repeat (`matrix`).
+KINDS = {
+    "full": ([1, 0.7, 0.4], 1e-9, 3),
+    "equal": ([1, 1, 1], 1e-9, 3),
+    "cut": ([1, 0.6, 0.1], 0.35, 2),
+    "kept equal": ([1, 1, 0.1], 0.35, 2),
+    "dropped equal": ([1, 0.1, 0.1], 0.35, 1),
+    "deficient": ([1, 0.6, 0], 0.35, 2),
+    "duplicated": (None, 0.35, 2),
+}
 
-def differentiable_outputs(A, B, rcond, driver):
-    result = lstsq(A, B, rcond, driver=driver)
-    return result.solution, result.residuals
+
+@pytest.fixture
+def light_compilation():
+    """Compile without LLVM's expensive passes: a third of the time for programs that run once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
-def check_derivatives(A, B, rcond, driver, seed=9, step=1e-5, tolerance=1e-6):
-    """Gradient and Hessian-vector products of one loss: forward, reverse over reverse, differences.
+def matrix(kind, driver, shape, dtype):
+    """A, rcond and the rank that lstsq decides."""
+    rng = np.random.default_rng(1)
+    spectrum, rcond, rank = KINDS[kind]
+    if spectrum:
+        return problems.with_spectrum(rng, *shape, spectrum, dtype), rcond, rank
+    columns = problems.orthonormal(rng, shape[0], 2, dtype)[:, np.arange(shape[1]) % 2]
+    # Of two equal columns gelsy's choice is arbitrary and flips under perturbation: make them unequal.
+    return columns * (np.linspace(1, 0.4, shape[1]) if driver == "gelsy" else 1), rcond, rank
 
-    One compiled function for all of it, so that a case costs one compilation.
+
+@cache
+def derivatives(driver):
+    """One compiled function for a loss, its gradient and its Hessian-vector product in two modes.
+
+    The loss weighs solution, residuals and singular values by w. Everything that varies between
+    cases is an argument, so that driver, shape and dtype cost one compilation.
     """
-    rng = np.random.default_rng(seed)
-    c = problems.right_hand_side(rng, A.shape[1], B.shape[1], A.dtype)
 
-    def loss(AB):
-        x, residuals = differentiable_outputs(*AB, rcond, driver)
-        return (c * x).sum().real + (abs(x) ** 2).sum() + (residuals**2).sum() + residuals.sum()
-
-    def inner(g, d):
-        return sum((x * y).sum().real for x, y in zip(g, d, strict=True))
+    def loss(AB, c, w, rcond):
+        x, residuals, _, s = lstsq(*AB, rcond, driver=driver)
+        on_x = (c * x).sum().real + (abs(x) ** 2).sum()
+        return w[0] * on_x + w[1] * ((residuals**2).sum() + residuals.sum()) + w[2] * (s + s**2).sum()
 
     @jax.jit
+    def everything(AB, d, *constants):
+        value, gradient = jax.value_and_grad(loss)(AB, *constants)
+        _, forward = jax.jvp(lambda AB: jax.grad(loss)(AB, *constants), (AB,), (d,))
+        reverse = jax.grad(lambda AB: inner(jax.grad(loss)(AB, *constants), d))(AB)
+        return value, gradient, forward, reverse
+
+    return everything
+
+
+def inner(g, d):
+    return sum((x * y).sum().real for x, y in zip(g, d, strict=True))
+
+
+def moved(AB, d, step):
+    return tuple(a + step * x for a, x in zip(AB, d, strict=True))
+
+
+def pair(rng, shape, dtype):
+    """Random arrays of the shapes of A and of B with two columns."""
+    return tuple(problems.right_hand_side(rng, *s, dtype) for s in (shape, (shape[0], 2)))
+
+
+def check_derivatives(driver, shape, dtype, kind, step=1e-5, tolerance=1e-6):
+    """Gradient and Hessian-vector products: forward, reverse over reverse, differences in all directions."""
+    rng = np.random.default_rng(9)
+    A, rcond, rank = matrix(kind, driver, shape, dtype)
+    if driver != "gels":
+        assert lstsq(A, A, rcond, driver=driver).rank == rank
+    # Singular values are smooth where they are distinct and not zero.
+    w = np.array([1, 1, kind in ("full", "cut")], float)
+    c = problems.right_hand_side(rng, shape[1], 2, dtype)
+
     def everything(AB, d):
-        value, gradient = jax.value_and_grad(loss)(AB)
-        _, forward = jax.jvp(jax.grad(loss), (AB,), (d,))
-        reverse = jax.grad(lambda AB: inner(jax.grad(loss)(AB), d))(AB)
-        return value, inner(gradient, d), gradient, forward, reverse
+        return derivatives(driver)(AB, d, c, w, rcond)
 
-    # Two directions, one of which is not used elsewhere: d' H d = d H d' is the Hessian's symmetry.
-    AB = (jnp.asarray(A), jnp.asarray(B))
-    d, other = (
-        tuple(jnp.asarray(problems.right_hand_side(rng, *a.shape, a.dtype)) for a in (A, B)) for _ in range(2)
-    )
-    _, slope, gradient, forward, reverse = everything(AB, d)
-    above, below = (
-        everything(tuple(a + h * x for a, x in zip(AB, d, strict=True)), d) for h in (step, -step)
-    )
+    AB, d, other = (A, pair(rng, shape, dtype)[1]), pair(rng, shape, dtype), pair(rng, shape, dtype)
+    value, gradient, forward, reverse = everything(AB, d)
+    above, below = (everything(moved(AB, d, h), d) for h in (step, -step))
     scale = 1 + max(np.abs(g).max() for g in gradient + forward)
-    np.testing.assert_allclose(slope, (above[0] - below[0]) / (2 * step), atol=tolerance * scale)
-    for f, r, up, down in zip(forward, reverse, above[2], below[2], strict=True):
-        np.testing.assert_allclose(f, r, atol=1e-10 * scale)
-        np.testing.assert_allclose(f, (up - down) / (2 * step), atol=tolerance * scale)
-    swapped = everything(AB, other)[3]
-    np.testing.assert_allclose(inner(forward, other), inner(swapped, d), atol=1e-10 * scale)
-
-
-@pytest.mark.parametrize("dtype", [np.float64, pytest.param(np.complex128, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("driver", DRIVERS[:3])
-def test_full_rank(driver, shape, dtype, x64):
-    rng = np.random.default_rng(0)
-    A = problems.with_spectrum(rng, *shape, [1, 0.7, 0.4], dtype)
-    check_derivatives(A, problems.right_hand_side(rng, shape[0], 2, dtype), None, driver)
-
-
-@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
-@pytest.mark.parametrize("s", [[1, 0.6, 0.1], [1, 0.6, 0]], ids=["cut", "deficient"])
-@pytest.mark.parametrize("shape", [(5, 3), (3, 5)], ids=["tall", "wide"])
-@pytest.mark.parametrize("driver", ["gelsy", "gelsd"])
-def test_truncated_in_every_direction(driver, shape, s, dtype, x64):
-    """A discarded value of 0.1, and an exactly deficient A, perturbed in every direction."""
-    rng = np.random.default_rng(1)
-    A = problems.with_spectrum(rng, *shape, s, dtype)
-    assert int(lstsq(A, A, 0.35, driver=driver).rank) == 2
-    check_derivatives(A, problems.right_hand_side(rng, shape[0], 2, dtype), 0.35, driver)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("driver", DRIVERS)
-def test_check_grads(driver, shape, x64):
-    """JAX's own checker on A = U V of fixed rank, orders 1 and 2, forward and reverse."""
-    rng = np.random.default_rng(6)
-    rank = 3 if driver == "gels" else 2
-    U, V = rng.standard_normal((shape[0], rank)), rng.standard_normal((rank, shape[1]))
-    B = rng.standard_normal((shape[0], 2))
-    fun = jax.jit(lambda U, V, B: differentiable_outputs(U @ V, B, 1e-9, driver))
-    check_grads(fun, (U, V, B), 2, modes=["fwd", "rev"], rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("driver", ["gelsy", "gelsd"])
-@pytest.mark.parametrize("kind", ["eye", "zero", "duplicated", "exact fit"])
-def test_finite(driver, kind, x64):
-    rng = np.random.default_rng(3)
-    A = {"eye": np.eye(5, 3), "zero": np.zeros((5, 3)), "duplicated": np.ones((5, 3))}.get(
-        kind, rng.standard_normal((5, 3))
+    np.testing.assert_allclose(
+        inner(gradient, d), (above[0] - below[0]) / (2 * step), atol=tolerance * scale, err_msg=kind
     )
-    B = A @ np.ones((3, 2)) if kind == "exact fit" else rng.standard_normal((5, 2))
-
-    def loss(A):
-        x, residuals = differentiable_outputs(A, B, None, driver)
-        s = lstsq(A, B, driver=driver).singular_values
-        return (x**2).sum() + residuals.sum() + s.sum()
-
-    assert np.isfinite(jax.jit(jax.grad(loss))(A)).all()
-    assert np.isfinite(jax.jit(jax.hessian(loss))(A)).all()
-    if kind == "exact fit":
-        rho = jax.grad(lambda A: lstsq(A, B, driver=driver).residuals.sum())(A)
-        np.testing.assert_allclose(rho, 0, atol=1e-13)
+    for f, r, up, down in zip(forward, reverse, above[1], below[1], strict=True):
+        np.testing.assert_allclose(f, r, atol=1e-10 * scale, err_msg=kind)
+        np.testing.assert_allclose(f, (up - down) / (2 * step), atol=tolerance * scale, err_msg=kind)
+    # Second differences of the value itself: step^2 / 12 of a fourth derivative, 1e-15 / step^2 of rounding.
+    h = 1e-4
+    second = (everything(moved(AB, d, h), d)[0] - 2 * value + everything(moved(AB, d, -h), d)[0]) / h**2
+    np.testing.assert_allclose(inner(forward, d), second, atol=1e-4 * scale, err_msg=kind)
+    # other' H d = d' H other: the Hessian's symmetry.
+    swapped = everything(AB, other)[2]
+    np.testing.assert_allclose(inner(forward, other), inner(swapped, d), atol=1e-10 * scale, err_msg=kind)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_singular_values(shape, dtype, x64):
-    rng = np.random.default_rng(4)
-    A = problems.with_spectrum(rng, *shape, [1, 0.7, 0.4], dtype)
-    fun = jax.jit(lambda A: lstsq(A, A[:, :1], driver="gelsd").singular_values)
-    check_grads(fun, (A,), 2, modes=["fwd", "rev"], rtol=1e-4, atol=1e-4)
+def check_finite(driver, shape, dtype):
+    """Where something vanishes or coincides: finite everywhere, right where a derivative exists."""
+    rng = np.random.default_rng(3)
+    G, B = pair(rng, shape, dtype)
+    c = problems.right_hand_side(rng, shape[1], 2, dtype)
+    d = pair(rng, shape, dtype)
+    matrices = {"eye": np.eye(*shape) + 0 * G, "zero": 0 * G, "equal": 1 + 0 * G, "fit": G}
+    matrices["duplicated"] = G[:, np.arange(shape[1]) % 2]
+    matrices["duplicated fit"] = matrices["duplicated"]
+    for kind, A in matrices.items():
+        if driver == "gels" and kind not in ("eye", "fit"):
+            continue
+        b = A @ problems.right_hand_side(rng, shape[1], 2, dtype) if kind.endswith("fit") else B
+        everything = derivatives(driver)
+        rcond = 1e-15 * max(shape)
+        for result in jax.tree.leaves(everything((A, b), d, c, np.ones(3), rcond)):
+            assert np.isfinite(result).all(), kind
+        if shape[0] > shape[1] and kind in ("fit", "zero"):
+            _, gradient, forward, _ = everything((A, b), d, c, np.array([0.0, 1, 0]), rcond)
+            r = b * (kind == "zero")
+            np.testing.assert_allclose(gradient[0], 0, atol=1e-12)
+            np.testing.assert_allclose(gradient[1], 2 * r.conj() * (1 + 2 * (abs(r) ** 2).sum(0)), atol=1e-12)
+            if kind == "fit":  # the second derivative of rho is 2 |r'|^2, r' = (I - A A^+) (b' - A' x)
+                pinv = np.linalg.pinv(A)
+                change = d[1] - d[0] @ (pinv @ b)
+                change = change - A @ (pinv @ change)
+                np.testing.assert_allclose(inner(forward, d), 2 * (abs(change) ** 2).sum(), rtol=1e-10)
+
+
+SMOOTH = [  # (driver, shape, dtype, in the default run)
+    (driver, shape, dtype, (driver, shape, dtype) in {
+        ("gels", "tall", "float64"), ("gels", "wide", "complex128"),
+        ("gelsy", "tall", "float64"), ("gelsy", "wide", "float64"), ("gelsy", "tall", "complex128"),
+        ("gelsd", "tall", "float64"), ("gelsd", "square", "float64"), ("gelsd", "wide", "complex128"),
+    })
+    for driver in DRIVERS for shape in SHAPES for dtype in ("float64", "complex128")
+    if (driver, dtype) != ("gelss", "complex128")  # on a CPU gelsd's
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("driver", "shape", "dtype"),
+    [pytest.param(*case, marks=() if default else pytest.mark.slow) for *case, default in SMOOTH],
+)
+def test_every_kind(driver, shape, dtype, x64, light_compilation):
+    """Full rank, ties, a discarded 0.1, exact deficiency and zeros, perturbed in every direction."""
+    shape, dtype = SHAPES[shape], np.dtype(dtype)
+    for kind in KINDS:
+        if driver != "gels" or KINDS[kind][2] == 3:
+            check_derivatives(driver, shape, dtype, kind)
+    check_finite(driver, shape, dtype)
 
 
 def test_singular_values_at_ties(x64):
-    """The sum of squares of tied values is smooth: its gradient is 2 A."""
-    A = np.eye(5, 3)
-    gradient = jax.grad(lambda A: (lstsq(A, A[:, :1], driver="gelsd").singular_values ** 2).sum())(A)
-    np.testing.assert_allclose(gradient, 2 * A, atol=1e-14)
+    """The sum of squares of tied values is smooth: its gradient is 2 A, at ties and zeros."""
+    gradient = jax.jit(jax.grad(lambda A: (lstsq(A, A[:, :1], driver="gelsd").singular_values ** 2).sum()))
+    duplicated = np.arange(5.0)[:, None] * np.array([1, 1, 2])
+    for A in (np.eye(5, 3), np.zeros((5, 3)), np.ones((5, 3)), duplicated):
+        np.testing.assert_allclose(gradient(A), 2 * A, atol=1e-13)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5)], ids=["tall", "wide"])
-@pytest.mark.parametrize("driver", DRIVERS)
-def test_right_hand_side_alone(driver, shape, x64):
+@pytest.mark.parametrize("driver", [*DRIVERS[:3], pytest.param("gelss", marks=pytest.mark.slow)])
+def test_right_hand_side_alone(driver, shape, x64, light_compilation):
     """The derivative in B with A constant is the pseudoinverse, truncated where the solution is."""
     rng = np.random.default_rng(8)
     A = problems.with_spectrum(rng, *shape, [1, 0.6, 0.1])
@@ -140,40 +187,142 @@ def test_right_hand_side_alone(driver, shape, x64):
     np.testing.assert_allclose(jacobian(np.ones(shape[0])), np.linalg.pinv(A, rcond=rcond), atol=1e-12)
 
 
-def test_rank_and_rcond_have_no_derivative(x64):
+def test_rank_has_no_derivative(x64, light_compilation):
+    """A float0 tangent of rank passes through a user's own jvp, vmap and jit, and a second jvp."""
     A, B = np.eye(4, 3), np.ones((4, 1))
-    result, tangent = jax.jvp(lambda A, r: lstsq(A, B, r), (A, 1e-3), (A, 1.0))
-    assert tangent.rank.dtype == jax.dtypes.float0
+
+    @jax.custom_jvp
+    def user(A, B):
+        return lstsq(A, B)
+
+    @user.defjvp
+    def _(primals, tangents):
+        return jax.jvp(lstsq, primals, tangents)
+
+    def forward(A):
+        return jax.jvp(lambda A: user(A, B), (A,), (A,))
+
+    def transformed(A):
+        tangents = jax.jvp(jax.vmap(lambda A: user(A, B)), (A[None],), (A[None],))[1]
+        gradient = jax.grad(lambda A: user(A, B).solution.sum())(A)
+        return jax.jvp(forward, (A,), (A,)), tangents, gradient
+
+    ((result, first), (_, second)), vmapped, gradient = jax.jit(transformed)(A)
     assert result.rank == 3
-    assert jax.grad(lambda r: lstsq(A, B, r).solution.sum())(1e-3) == 0
+    for tangent in (first, second, vmapped):
+        assert np.asarray(tangent.rank).dtype == jax.dtypes.float0
+    # Along A itself the solution scales like 1/t.
+    np.testing.assert_allclose(first.solution, -result.solution, atol=1e-14)
+    np.testing.assert_allclose((gradient * A).sum(), -result.solution.sum(), atol=1e-14)
+
+
+@pytest.mark.parametrize("driver", ["gelsy", pytest.param("gelsd", marks=pytest.mark.slow)])
+def test_rcond_has_no_derivative(driver, x64, light_compilation):
+    """Silently zero, also under vmap over rcond and next to a derivative in A."""
+    A = problems.with_spectrum(np.random.default_rng(2), 4, 3, [1, 0.6, 0.1])
+    B = np.ones((4, 1))
+
+    def loss(A, rcond):
+        result = lstsq(A, B, rcond, driver=driver)
+        return (result.solution**2).sum() + result.residuals.sum()
+
+    gradient = jax.grad(loss, (0, 1))
+    rcond = np.array([1e-3, 0.35, 0.8, 2.0, -1.0])
+    in_a, in_rcond = jax.jit(jax.vmap(gradient, in_axes=(None, 0)))(A, rcond)
+    assert (in_rcond == 0).all()
+    single = jax.jit(gradient)
+    for i, value in enumerate(rcond):
+        np.testing.assert_allclose(in_a[i], single(A, value)[0], atol=1e-12)
+    assert jax.jvp(lambda r: loss(A, r), (0.1,), (1.0,))[1] == 0
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_bad_neighbour_leaves_gradients_alone(driver, bad, x64):
+def test_neighbours_leave_gradients_alone(driver, x64, light_compilation):
+    """NaN and Inf change no bit of the other elements' gradients; a truncated neighbour, rounding only.
+
+    A truncated element sends the whole batch into the other branch, with the same arithmetic except
+    for the order in which reverse mode sums cotangents.
+    """
     rng = np.random.default_rng(5)
     A, B = rng.standard_normal((3, 6, 3)), rng.standard_normal((3, 6, 2))
-    fun = jax.jit(jax.grad(lambda A: (lstsq(A, B, driver=driver).solution ** 2).sum()))
-    poisoned = A.copy()
-    poisoned[1, 2, 1] = bad
-    clean, dirty = fun(A), fun(poisoned)
-    np.testing.assert_array_equal(clean[::2], dirty[::2])
-    assert np.isnan(dirty[1]).any()
+
+    def loss(AB, rcond):
+        result = lstsq(*AB, rcond, driver=driver)
+        return (result.solution**2).sum() + result.residuals.sum()
+
+    fun = jax.jit(jax.grad(loss))
+    rcond = np.full(3, 1e-9)
+    clean = fun((A, B), rcond)
+    for bad in (np.nan, np.inf, "dependent", "threshold", "right-hand side"):
+        a, b, cut = A.copy(), B.copy(), rcond.copy()
+        if bad == "threshold":
+            cut[1] = np.nan
+        elif bad == "dependent":
+            a[1, :, 2] = a[1, :, 0]
+        elif bad == "right-hand side":
+            b[1, 0, 0] = np.nan
+        else:
+            a[1, 2, 1] = bad
+        dirty = fun((a, b), cut)
+        for x, y in zip(clean, dirty, strict=True):
+            rtol = 1e-13 if bad in ("dependent", "threshold") else 0
+            np.testing.assert_allclose(x[::2], y[::2], rtol=rtol, atol=rtol)
+        healthy = bad == ("threshold" if driver == "gels" else "dependent")
+        assert np.isnan(dirty[0][1]).any() != healthy
 
 
-def test_one_factorisation(x64):
-    """Value and gradient hold one factorisation of m x n data."""
-    A, B = jnp.ones((300, 7)), jnp.ones((300, 2))
-    for driver in DRIVERS:
-        fun = jax.value_and_grad(lambda A, d=driver: lstsq(A, B, driver=d).solution.sum())
-        text = jax.jit(fun).lower(A).compile().as_text()
-        calls = [line for line in text.splitlines() if "custom-call(" in line]
-        factorisations = [line for line in calls if 'custom_call_target="lapack_dgeqrf' in line]
-        assert sum("f64[300," in line for line in factorisations) == 1
-        assert not any("gesdd" in line and "f64[300," in line for line in calls)
-        if driver in ("gels", "gelsy"):
-            assert "gesdd" not in text
-        assert "f64[300,300" not in text
+def test_unbatched_derivatives_under_vmap(x64, light_compilation):
+    """The Hessian of vmap next to a truncated element; every other nesting is in the sweep."""
+    rng = np.random.default_rng(11)
+    A = np.stack([problems.with_spectrum(rng, 4, 3, s) for s in ([1, 0.7, 0.5], [1, 0.6, 0.1])])
+    B = rng.standard_normal((2, 4, 1))
+
+    def loss(A, B):
+        result = lstsq(A, B, 0.35)
+        return (result.solution**2).sum() + result.residuals.sum()
+
+    single = jax.jit(jax.hessian(loss))
+    batched = jax.jit(jax.hessian(lambda A: jax.vmap(loss)(A, B).sum()))(A)
+    for i in range(2):
+        np.testing.assert_allclose(batched[i, :, :, i], single(A[i], B[i]), atol=1e-10)
+        assert (batched[i, :, :, 1 - i] == 0).all()
+
+
+def compiled(fun, *args):
+    return jax.jit(fun).lower(*args).compile().as_text()
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_one_factorisation(driver, x64):
+    """Value and gradient hold one factorisation of m x n data and no m x m array; gels, gelsy no SVD."""
+    B = jnp.ones((300, 2))
+    text = compiled(
+        jax.value_and_grad(lambda A: lstsq(A, B, driver=driver).solution.sum()), jnp.ones((300, 7))
+    )
+    check_one_factorisation(text, driver)
+
+
+def check_one_factorisation(text, driver):
+    calls = [line for line in text.splitlines() if "custom-call(" in line]
+    factorisations = [line for line in calls if 'custom_call_target="lapack_dgeqrf' in line]
+    assert sum("f64[300," in line for line in factorisations) == 1
+    assert not any("gesdd" in line and "f64[300," in line for line in calls)
+    if driver in ("gels", "gelsy"):
+        assert "gesdd" not in text
+    assert "f64[300,300" not in text
+
+
+def test_constants_cost_nothing(x64):
+    """The derivative in B alone leaves out what A's motion needs: fewer products with the tall matrix."""
+
+    def products(argnums):
+        def fun(A, B):
+            return jax.grad(lambda A, B: (lstsq(A, B, driver="gels").solution ** 2).sum(), argnums)(A, B)
+
+        text = compiled(fun, jnp.ones((300, 7)), jnp.ones((300, 2)))
+        return sum(" dot(" in line and "300" in line for line in text.splitlines())
+
+    assert products(1) < products(0) <= products((0, 1))
 
 
 def test_training_loop_stays_finite(x64):

@@ -48,34 +48,38 @@ def _solve_full(r: jax.Array, b: jax.Array, adjoint: bool) -> jax.Array:
     return triangular_solve(r, b)
 
 
-@cache
-def solver(driver: str, adjoint: bool):
-    """The values' path: (R, rcond, ok, c) -> (y, rank, usable), one branch for a whole batch.
+def solve_decided(
+    driver: str, adjoint: bool, r: jax.Array, rcond: jax.Array, ok: jax.Array, c: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The values' path: y, the rank and where it is usable, with one branch for a whole batch.
 
     y = T^+ b for c = Q^H b; for the adjoint problem y has T y = T^+H c. Where ok is False, R holds
     NaN or Inf and nothing is decided. The branch depends on the whole batch, so it keeps the fast
     result of every element that was certified: no answer depends on its neighbours.
     """
+    p = r.shape[-1]
+    safe, full, usable = _certify(driver, r, rcond, ok)
+    y = _solve_full(where_matrix(full & usable, safe, identity_like(r)), c, adjoint)
+    rank = jnp.full(full.shape, p)
+    if driver == "gels":
+        return y, rank, usable
 
-    def solve(r, rcond, ok, c):
-        p = r.shape[-1]
-        safe = where_matrix(ok, r, identity_like(r))
-        if driver == "gels":
-            usable = certificate.independent(safe)
-            y = _solve_full(where_matrix(usable, safe, identity_like(r)), c, adjoint)
-            return y, jnp.full(r.shape[:-2], p), usable
-        full = certificate.full_rank(safe, rcond) | ~ok
-        y = _solve_full(where_matrix(full, safe, identity_like(r)), c, adjoint)
+    def truncated():
+        kept = _truncate(driver, safe, rcond)
+        return where_matrix(full, y, kept.solve(c, adjoint)), jnp.where(full, p, kept.rank)
 
-        def truncated():
-            kept = _truncate(driver, safe, rcond)
-            rank = jnp.where(full, p, kept.rank)
-            return where_matrix(full, y, kept.solve(c, adjoint)), rank
+    y, rank = lax.cond(full.all(), lambda: (y, rank), truncated)
+    return y, rank, usable
 
-        y, rank = lax.cond(full.all(), lambda: (y, jnp.full(full.shape, p)), truncated)
-        return y, rank, jnp.ones_like(full)
 
-    return native_batch(solve, 3, (True, False, False))
+def _certify(driver: str, r: jax.Array, rcond: jax.Array, ok: jax.Array):
+    """R without NaN and Inf, where nothing is truncated, and where gels has an answer."""
+    safe = where_matrix(ok, r, identity_like(r))
+    inverse = triangular_solve(safe, identity_like(r))
+    everywhere = jnp.ones(jnp.broadcast_shapes(ok.shape, rcond.shape), bool)
+    if driver == "gels":
+        return safe, everywhere, certificate.independent(certificate.dependence(safe, inverse))
+    return safe, certificate.full_rank(certificate.condition(safe, inverse), rcond) | ~ok, everywhere
 
 
 @cache
@@ -83,19 +87,16 @@ def decider(driver: str):
     """The derivatives' path: (R, rcond, ok) -> (kept, full, usable) with the same decisions."""
 
     def decide(r, rcond, ok):
-        safe = where_matrix(ok, r, identity_like(r))
+        safe, full, usable = _certify(driver, r, rcond, ok)
+        whole = _whole(where_matrix(full & usable, safe, identity_like(r)))
         if driver == "gels":
-            usable = certificate.independent(safe)
-            full = jnp.ones_like(ok)
-            return *_whole(where_matrix(usable, safe, identity_like(r))), full, usable
-        full = certificate.full_rank(safe, rcond) | ~ok
-        whole = _whole(where_matrix(full, safe, identity_like(r)))
+            return *whole, full, usable
 
         def truncated():
             kept = _truncate(driver, safe, rcond)
             return jax.tree.map(partial(_pick, full), whole, kept)
 
-        return *lax.cond(full.all(), lambda: whole, truncated), full, jnp.ones_like(full)
+        return *lax.cond(full.all(), lambda: whole, truncated), full, usable
 
     batched = native_batch(decide, 3, (False,) * 8)
 

@@ -1,8 +1,11 @@
 """Householder QR with column pivoting, R P = U Rp, as a `lax` loop over one small matrix.
 
-Column norms are downdated, and recomputed where Drmac and Bujanovic's test (LAPACK Working Note
-176, 2006; xLAQP2) says that the downdate has lost its digits. Reflectors are stored as LAPACK does,
-below the diagonal with their scales in tau: H_j = I - tau_j v_j v_j^H, v_j(j) = 1.
+Blocked as in LAPACK (Quintana-Orti, Sun and Bischof 1998; xLAQPS): inside a panel of steps the matrix
+is a - v f^H with a left alone, so that a step reads it once and writes none of it. Columns stay where
+they are, and are put in order at the end. Column norms are downdated, and recomputed where Drmac and
+Bujanovic's test (LAPACK Working Note 176, 2006) says that the downdate has lost its digits.
+Reflectors are stored as LAPACK does, below the diagonal with their scales in tau: H_j = I - tau_j v_j
+v_j^H, v_j(j) = 1.
 """
 
 from functools import partial
@@ -12,7 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._library import householder_product
-from .._numerics import abs2
+from .._numerics import H, abs2, mm
+
+_PANEL = 32
 
 
 def _reflector(x: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -41,30 +46,46 @@ def pivoted_qr(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 @partial(jnp.vectorize, signature="(p,p)->(p,p),(p),(p)")
 def _factor(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     p = a.shape[-1]
+    width = min(p, _PANEL)
     index = jnp.arange(p)
     tolerance = jnp.sqrt(jnp.finfo(a.dtype).eps)
+
+    def step(k, state):
+        first, a, v, f, out, taus, perm, norms, exact_norms = state
+        j = first + k
+        pivot = jnp.argmax(norms)
+        x = a[:, pivot] - mm(v, f[pivot].conj())
+        vj, tau, beta = _reflector(x, j)
+        out = out.at[:, pivot].set(jnp.where(index > j, vj, jnp.where(index == j, beta, x)))
+        row = mm(vj.conj(), a) - mm(mm(vj.conj(), v), H(f))
+        v = v.at[:, k].set(vj)
+        f = f.at[:, k].set((jnp.conj(tau) * row).conj())
+
+        # Columns that have been pivots have the norm -1.
+        norms = norms.at[pivot].set(-1)
+        left = norms >= 0
+        top = a[j] - mm(v[j], H(f))
+        ratio = abs(top) / jnp.where(norms > 0, norms, 1)
+        rest = jnp.maximum(0, 1 - ratio**2)
+        lost = rest * (norms / jnp.where(exact_norms > 0, exact_norms, 1)) ** 2 <= tolerance
+        norms = jnp.where(left, norms * jnp.sqrt(rest), norms)
+
+        def recomputed():
+            fresh = jnp.sqrt(jnp.where(index[:, None] > j, abs2(a - mm(v, H(f))), 0).sum(0))
+            return jnp.where(left & lost, fresh, norms), jnp.where(left & lost, fresh, exact_norms)
+
+        norms, exact_norms = lax.cond((left & lost).any(), recomputed, lambda: (norms, exact_norms))
+        return first, a, v, f, out, taus.at[j].set(tau), perm.at[j].set(pivot), norms, exact_norms
+
+    def panel(n, state):
+        first = n * width
+        a, *rest = state
+        empty = jnp.zeros((p, width), a.dtype)
+        start = (first, a, empty, empty, *rest)
+        _, a, v, f, *rest = lax.fori_loop(0, jnp.minimum(width, p - first), step, start)
+        return (a - mm(v, H(f)), *rest)
+
     norms = jnp.sqrt(abs2(a).sum(0))
-
-    def step(j, state):
-        a, taus, perm, norms, exact_norms = state
-        pivot = jnp.argmax(jnp.where(index >= j, norms, -1))
-        swap = jnp.where(index == j, pivot, jnp.where(index == pivot, j, index))
-        a, perm, norms, exact_norms = a[:, swap], perm[swap], norms[swap], exact_norms[swap]
-
-        v, tau, beta = _reflector(a[:, j], j)
-        row = jnp.matmul(v.conj(), a, precision=lax.Precision.HIGHEST)
-        updated = a - jnp.conj(tau) * v[:, None] * jnp.where(index > j, row, 0)[None, :]
-        column = jnp.where(index > j, v, jnp.where(index == j, beta, a[:, j]))
-        a = jnp.where(index[None, :] == j, column[:, None], updated)
-
-        ratio = abs(a[j]) / jnp.where(norms > 0, norms, 1)
-        left = jnp.maximum(0, 1 - ratio**2)
-        lost = left * (norms / jnp.where(exact_norms > 0, exact_norms, 1)) ** 2 <= tolerance
-        fresh = jnp.sqrt(jnp.where(index[:, None] > j, abs2(a), 0).sum(0))
-        norms = jnp.where(lost, fresh, norms * jnp.sqrt(left))
-        exact_norms = jnp.where(lost, fresh, exact_norms)
-        return a, taus.at[j].set(tau), perm, norms, exact_norms
-
-    state = (a, jnp.zeros(p, a.dtype), index, norms, norms)
-    a, taus, perm, _, _ = lax.fori_loop(0, p, step, state)
-    return a, taus, perm
+    state = (a, jnp.zeros_like(a), jnp.zeros(p, a.dtype), index, norms, norms)
+    _, out, taus, perm, _, _ = lax.fori_loop(0, -(-p // width), panel, state)
+    return out[:, perm], taus, perm

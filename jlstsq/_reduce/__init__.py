@@ -1,24 +1,64 @@
 """Reduce: the tall T = Q R, the only step that touches m x n data.
 
 `triangle` gives R alone, `project` R and what a right-hand side needs of Q, `orthonormal` Q itself.
-This module chooses how; today every path is Householder's.
+This module chooses how: by products where T is very tall and they are proven stable, else Householder.
 """
 
 import jax
+from jax import lax
 
-from .._numerics import native_batch
-from . import householder
+from .._numerics import native_batch, where_matrix
+from . import cholesky, householder, lanes, sketch
 
 
-def _project(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def project(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """R, Q^H b and the squared norms of the columns of (I - Q Q^H) b."""
     # Each right-hand side that rides along in QR of [T, b] costs as much as a column of T;
     # beyond about p of them forming Q once is cheaper.
-    if b.shape[-1] <= t.shape[-1]:
-        return householder.reduce_augmented(t, b)
-    return householder.reduce_apply(t, b)
+    by_householder = householder.reduce_augmented if b.shape[-1] <= t.shape[-1] else householder.reduce_apply
+    if not sketch.worthwhile(t.shape):
+        return by_householder(t, b)
+    z = sketch.precondition(t)
+    return lax.cond(z.accepted, lambda: sketch.project(z, b), lambda: by_householder(t, b))
 
 
-project = native_batch(_project, 1, (False, True, True))
-project.__doc__ = "R, Q^H b and the squared norms of the columns of (I - Q Q^H) b."
-triangle = householder.triangle
-orthonormal = householder.orthonormal
+def triangle(t: jax.Array) -> jax.Array:
+    """R of T = Q R."""
+    if not sketch.worthwhile(t.shape):
+        return householder.triangle(t)
+    z = sketch.precondition(t)
+    return lax.cond(z.accepted, lambda: z.r, lambda: householder.triangle(t))
+
+
+def _by_library(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if not sketch.worthwhile(t.shape):
+        return householder.orthonormal(t)
+    z = sketch.precondition(t)
+    return lax.cond(z.accepted, lambda: sketch.orthonormal(z), lambda: householder.orthonormal(t))
+
+
+def _orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if lanes.worthwhile(t.shape):
+        return lanes.orthonormal(t)
+    if not cholesky.worthwhile(t.shape, t.dtype):
+        return _by_library(t)
+    gram = cholesky.factor(t)
+    q, r = cholesky.orthonormal(t, gram)
+
+    def otherwise():
+        other_q, other_r = _by_library(t)
+        return where_matrix(gram.accepted, q, other_q), where_matrix(gram.accepted, r, other_r)
+
+    return lax.cond(gram.accepted.all(), lambda: (q, r), otherwise)
+
+
+_batched_orthonormal = native_batch(_orthonormal, 1, (False, False))
+
+
+def orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Q and R of T = Q R, Q of T's shape. Never differentiated.
+
+    T of entries of order one: a Gram matrix squares them.
+    """
+    q, r = _batched_orthonormal(t)
+    return q, r

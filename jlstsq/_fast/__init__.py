@@ -1,0 +1,100 @@
+"""Fast: solutions without a library's factorisation of the data, with a proof that they are as good.
+
+`lanes` solves many small matrices at once, `seminormal` whole ones by products. This module says which one is
+worth a try; `_values` asks it, and takes the careful path where the proof fails.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .._decompose import certificate, svd
+from .._numerics import largest_entry
+from .._reduce import cholesky, lanes
+from . import seminormal
+
+
+class Attempt(NamedTuple):
+    """What the fast path found, and where it may be believed."""
+
+    solution: jax.Array  # (*batch, p or m, k)
+    residuals: jax.Array  # (*batch, k), squared norms; zero for the adjoint problem
+    condition: jax.Array  # (*batch) a bound of ||T|| ||T^+||
+    usable: jax.Array  # (*batch) bool: where gels has an answer
+    solved: jax.Array  # (*batch) bool: True also where T holds NaN or Inf, so that nothing is to be found
+    t_finite: jax.Array  # (*batch) bool
+    b_finite: jax.Array  # (*batch, k) bool
+    singular_values: Callable[[], jax.Array]  # () -> (*batch, p)
+
+
+def attempt(driver: str, adjoint: bool, t: jax.Array, b: jax.Array) -> Attempt | None:
+    """T^+ b, or T^+H b, or None where no fast path is likely to help."""
+    if lanes.worthwhile(t.shape) and lanes.worthwhile(b.shape):
+        return _by_lanes(driver, adjoint, t, b)
+    if cholesky.worthwhile(t.shape, t.dtype):
+        return _by_gram(driver, adjoint, t, b)
+    return None
+
+
+def full_rank(attempt: Attempt, rcond: jax.Array) -> jax.Array:
+    """Whether it is proven that no driver truncates at rcond; True where T holds NaN or Inf."""
+    return certificate.full_rank(attempt.condition, rcond) | ~attempt.t_finite
+
+
+def _in_range(t: jax.Array, b: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Whether squares of T's columns and b lose nothing, and where T and b are finite.
+
+    Column norms that are not finite mean NaN, Inf or an overflow; to know which costs a pass over T.
+    """
+    low, high = cholesky.range_of(t.shape[-2], squares.dtype)
+    b_largest, b_finite = largest_entry(b, -2)
+    b_in_range = (b_largest == 0) | ((b_largest > low**0.5) & (b_largest < high**0.5))
+    in_range = ((squares > low) & (squares < high)).all(-1) & b_in_range.all(-1)
+    finite = jnp.isfinite(squares).all(-1)
+    t_finite = lax.cond(
+        finite.all(), lambda: jnp.ones_like(finite), lambda: finite | largest_entry(t, (-2, -1))[1]
+    )
+    return in_range, t_finite, b_finite
+
+
+def _by_gram(driver: str, adjoint: bool, t: jax.Array, b: jax.Array) -> Attempt:
+    factor = cholesky.factor(t, rows_apart=adjoint)
+    in_range, t_finite, b_finite = _in_range(t, b, factor.squares)
+    if adjoint:
+        x, done = seminormal.solve_adjoint(t, factor, b)
+        rho = jnp.zeros(done.shape, factor.squares.dtype)
+    else:
+        x, rho, done = seminormal.solve(t, factor, b)
+    return Attempt(
+        solution=x,
+        residuals=rho,
+        condition=factor.condition,
+        usable=jnp.ones_like(t_finite),
+        solved=(factor.accepted & in_range & done.all(-1)) | ~t_finite,
+        t_finite=t_finite,
+        b_finite=b_finite,
+        singular_values=lambda: svd.values(cholesky.triangle(t, factor), driver),
+    )
+
+
+def _by_lanes(driver: str, adjoint: bool, t: jax.Array, b: jax.Array) -> Attempt:
+    batch = t.shape[:-2]
+    size = math.prod(batch)
+    flat_t, flat_b = (a.reshape(size, *a.shape[-2:]) for a in (t, b))
+    flat = lanes.solve(adjoint, driver in ("gelsd", "gelss"), flat_t, flat_b)
+    out = lanes.Lanes(*(a.reshape(*batch, *a.shape[1:]) for a in flat))
+    in_range, t_finite, b_finite = _in_range(t, b, out.squares)
+    return Attempt(
+        solution=out.solution,
+        residuals=out.residuals,
+        condition=out.condition,
+        usable=certificate.independent(out.dependence),
+        solved=(in_range & out.converged) | ~t_finite,
+        t_finite=t_finite,
+        b_finite=b_finite,
+        singular_values=lambda: out.singular_values,
+    )

@@ -1,0 +1,144 @@
+"""QR by Cholesky of the Gram matrix: T = Z R1 with Z = T R1^-1, and Z^H Z = R2^H R2 once more.
+
+Products instead of Householder's reflections, for a T that is not too ill conditioned, and known to
+be: G = T^H T, scaled to unit diagonal, has the Cholesky factor R with R^H R = D G D + E, where E is
+the error of the products, at most p gamma in norm (unit diagonal, gamma the growth of a sum of m
+terms), plus that of Cholesky, p (p + 1) eps. So T D R^-1 is orthonormal to theta = |E| |R^-1|^2, and
+|R^-1| is bounded, not estimated. Accepted where theta is at most 0.1: the spectrum of R is then
+within 6 % of that of T D, and R2 R is as stable as Householder's (CholeskyQR2: Yamamoto, Nakatsukasa,
+Yanagisawa and Fukaya 2015, Electron. Trans. Numer. Anal. 44).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .._library import cholesky, triangular_solve
+from .._numerics import H, abs2, identity_like, mm, norm2_bound, where_matrix
+
+_CONTRACTION = 0.1
+# Products sum in blocks of at most about this many terms, then over the blocks.
+_BLOCK = 512
+# Rows at a time, where the product of the whole would be slow.
+_ROWS = 2000
+# Condition number of R1 from which the explicit R1^-1 costs a digit.
+_HARMLESS = 10.0
+
+
+class Gram(NamedTuple):
+    """The scaled Cholesky factor of T^H T."""
+
+    inverse: jax.Array  # (*batch, p, p), D R^-1: (D R^-1)(D R^-1)^H = (T^H T)^-1
+    triangle: jax.Array  # (*batch, p, p), R D^-1: its Gram matrix is that of T, to rounding
+    inverse_norm: jax.Array  # (*batch) a bound of ||R^-1||
+    contraction: jax.Array  # (*batch) theta
+    condition: jax.Array  # (*batch) a bound of ||T|| ||T^+||
+    accepted: jax.Array  # (*batch) bool: G is definite and theta small
+    squares: jax.Array  # (*batch, p), of the column norms
+
+
+def worthwhile(shape: tuple, dtype: Any) -> bool:
+    """Whether T of this shape is likely to be accepted.
+
+    float32 data is up to a condition number of about ten only, which a random matrix has when it is
+    much taller than wide.
+    """
+    m, p = shape[-2:]
+    return isinstance(m, int) and isinstance(p, int) and m >= (4 * p if jnp.finfo(dtype).bits == 32 else p)
+
+
+def range_of(m: int, dtype: Any) -> tuple[float, float]:
+    """Between which squares no term of a sum of m that counts is lost to underflow or overflow."""
+    info = jnp.finfo(dtype)
+    return float(4 * m * (info.tiny / info.eps)), float(info.max * info.eps)
+
+
+def _rounding(m: int, p: int, dtype: Any) -> float:
+    """A bound of the error of R^H R in norm, for unit columns: sums of m terms, then of p.
+
+    Sums in blocks, and with the probabilistic bound min(n, 4 sqrt(n)) eps / 2 for the error of n
+    operations (Higham and Mary 2019, SIAM J. Sci. Comput. 41).
+    """
+    operations = min(m, _BLOCK + m / _BLOCK) + 4 * (p + 1)
+    return p * min(operations, 4 * operations**0.5) * float(jnp.finfo(dtype).eps) / 2
+
+
+def product(t: jax.Array, rows_apart: bool = False) -> jax.Array:
+    """T^H T; `rows_apart` where T is the adjoint of what lies in memory."""
+    m, p = t.shape[-2:]
+
+    def blocked(t):
+        """XLA on CPU multiplies a transpose that it does not store at half the speed in float64."""
+
+        def add(total, rows):
+            columns = lax.optimization_barrier(rows.T)
+            return total + mm(columns, columns.T), None
+
+        whole = m // _ROWS * _ROWS
+        total, _ = lax.scan(add, jnp.zeros((p, p), t.dtype), t[:whole].reshape(-1, _ROWS, p))
+        return total + mm(H(t[whole:]), t[whole:])
+
+    def plain(t):
+        return mm(H(t), t)
+
+    if t.ndim == 2 and t.dtype == jnp.float64 and not rows_apart and m >= 4 * _ROWS and p >= 32:
+        return lax.platform_dependent(t, cpu=blocked, default=plain)
+    return plain(t)
+
+
+def factor(t: jax.Array, rows_apart: bool = False) -> Gram:
+    """Cholesky of the Gram matrix of T (*batch, m, p)."""
+    m, p = t.shape[-2:]
+    g = product(t, rows_apart)
+    squares = jnp.diagonal(g, axis1=-2, axis2=-1).real
+    positive = ((squares > 0) & jnp.isfinite(squares)).all(-1)
+    d = 1 / jnp.sqrt(jnp.where(positive[..., None], squares, 1))
+    unit = g * d[..., :, None].astype(g.dtype) * d[..., None, :].astype(g.dtype)
+    eye = identity_like(g)
+    r = H(cholesky(where_matrix(positive, unit, eye)))
+    definite = positive & jnp.isfinite(jnp.diagonal(r, axis1=-2, axis2=-1).real).all(-1)
+    r = where_matrix(definite, r, eye)
+    x = triangular_solve(r, eye)
+    inverse_norm = norm2_bound(x)
+    contraction = _rounding(m, p, squares.dtype) * inverse_norm**2
+    accepted = definite & (contraction <= _CONTRACTION)
+    inverse = d[..., :, None].astype(x.dtype) * x
+    # ||T|| is at most its Frobenius norm, ||D R^-1|| at most its own and ||D|| ||R^-1||.
+    size = jnp.sqrt(squares.sum(-1))
+    inverse_size = jnp.minimum(d.max(-1) * inverse_norm, jnp.sqrt(abs2(inverse).sum((-2, -1))))
+    return Gram(
+        inverse=inverse,
+        triangle=r / d[..., None, :].astype(r.dtype),
+        inverse_norm=inverse_norm,
+        contraction=contraction,
+        condition=size * inverse_size,
+        accepted=accepted,
+        squares=squares,
+    )
+
+
+def _nearly_orthonormal(t: jax.Array, gram: Gram) -> jax.Array:
+    """Z = T R1^-1 with a backward error like that of substitution, T = Z R1.
+
+    That of the product with the inverse grows with the condition number; corrected once, it does not.
+    """
+
+    def correct(_, z):
+        return z + mm(t - mm(z, gram.triangle), gram.inverse)
+
+    harmful = (gram.accepted & (gram.inverse_norm > _HARMLESS)).any()
+    return lax.fori_loop(0, harmful.astype(int), correct, mm(t, gram.inverse))
+
+
+def triangle(t: jax.Array, gram: Gram) -> jax.Array:
+    """R of T, where accepted."""
+    return mm(H(cholesky(product(_nearly_orthonormal(t, gram)))), gram.triangle)
+
+
+def orthonormal(t: jax.Array, gram: Gram) -> tuple[jax.Array, jax.Array]:
+    """Q and R of T, where accepted."""
+    z = _nearly_orthonormal(t, gram)
+    r2 = H(cholesky(product(z)))
+    return mm(z, triangular_solve(r2, identity_like(r2))), mm(r2, gram.triangle)

@@ -1,0 +1,111 @@
+"""QR by products, for a T much taller than wide and of any condition number.
+
+A random sketch S T of 4 p rows has a pivoted triangle R1, S T P = Q_s R1, such that Z = T P R1^-1 is
+nearly orthonormal: its condition number is about 3, whatever that of T is. Cholesky of its Gram
+matrix, R2^H R2, then is as stable as Householder's method, T P = (Z R2^-1) (R2 R1) (rand_cholQR:
+Balabanov 2022; Higgins, Szyld, Boman and Yamazaki 2023; CQRRPT: Melnichenko et al. 2023; pivots from
+LU: BQRRP, Melnichenko et al. 2025).
+
+Pivoting is what allows an explicit inverse of R1, and so a product instead of substitutions: the rows
+of R1 are graded, |R1^-1| |R1| is small, and that is what the backward error T P - Z R1 grows by.
+
+The sketch adds rows i, i + d, i + 2 d, ... with random signs (CountSketch: Clarkson and Woodruff
+2013): it costs one pass over T. No sketch is good for every T, so Z is tested: the condition number
+of its Gram matrix bounds the error of everything that follows. Where it fails, Householder is taken.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .._library import cholesky, qr, triangle, triangular_solve
+from .._numerics import H, abs2, identity_like, mm, norm2_bound, where_matrix
+
+_ROWS = 4  # of the sketch, per column of T
+# Accepted condition number of Z: about 3 is expected, and the bound is p^(1/4) too large.
+_LARGEST = 16.0
+# Accepted growth of the backward error, the largest row sum of |R1^-1| |R1| per column.
+_GROWTH = 10.0
+
+
+class Preconditioned(NamedTuple):
+    """T = Z R1 P^H with Z^H Z = R2^H R2 nearly the identity, and T = Q R."""
+
+    z: jax.Array  # (m, p)
+    r2: jax.Array  # (p, p)
+    u: jax.Array  # (p, p), unitary: R2 R1 P^H = U R, so Q = Z R2^-1 U
+    r: jax.Array  # (p, p)
+    accepted: jax.Array  # () bool
+
+
+def worthwhile(shape: tuple) -> bool:
+    """One matrix, so tall that the small factorisations are a small part of the work."""
+    m, p = shape[-2:]
+    return len(shape) == 2 and isinstance(m, int) and isinstance(p, int) and 8 < p <= 256 and m >= 100 * p
+
+
+def _signs(rows: int, dtype: Any) -> jax.Array:
+    """A fixed pseudo-random sign for every row: a bit of a hash of its number (MurmurHash3's last step)."""
+    h = jnp.arange(rows, dtype=jnp.uint32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h = (h ^ (h >> shift)) * jnp.uint32(factor)
+    return jnp.where((h ^ (h >> 16)) & 1 == 1, 1, -1).astype(dtype)
+
+
+def _sketch(t: jax.Array) -> jax.Array:
+    """S T, with 4 p rows."""
+    m, p = t.shape
+    d = _ROWS * p
+    signs = _signs(m, t.dtype)
+
+    def add(i, total):
+        rows = lax.dynamic_slice(t, (i * d, 0), (d, p))
+        return total + rows * lax.dynamic_slice(signs, (i * d,), (d,))[:, None]
+
+    whole = m // d
+    total = lax.fori_loop(0, whole, add, jnp.zeros((d, p), t.dtype))
+    left = m - whole * d
+    return total.at[:left].add(t[whole * d :] * signs[whole * d :, None])
+
+
+def precondition(t: jax.Array) -> Preconditioned:
+    """Z, R2 and R of T (m, p)."""
+    p = t.shape[-1]
+    small = triangle(_sketch(t))
+    eye = identity_like(small)
+    finite = jnp.isfinite(small).all()
+    small = where_matrix(finite, small, eye)
+    # Row pivots of the adjoint's LU factorisation are column pivots of the triangle (BQRRP).
+    _, _, perm = lax.linalg.lu(H(small))
+    r1 = triangle(small[:, perm])
+    regular = finite & (jnp.diagonal(r1) != 0).all()
+    r1 = where_matrix(regular, r1, eye)
+    inverse = triangular_solve(r1, eye)
+    growth = mm(abs(inverse), abs(r1)).sum(-1).max()
+    order = jnp.argsort(perm)
+    z = mm(t, inverse[order])
+    r2 = H(cholesky(mm(H(z), z)))
+    definite = jnp.isfinite(r2).all()
+    r2 = where_matrix(definite, r2, eye)
+    condition = norm2_bound(r2) * norm2_bound(triangular_solve(r2, eye))
+    u, r = qr(mm(r2, r1)[:, order])
+    accepted = regular & definite & (condition <= _LARGEST) & (growth <= _GROWTH * p)
+    return Preconditioned(z, r2, u, r, accepted)
+
+
+def project(f: Preconditioned, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """R, Q^H b and the squared norms of the columns of (I - Q Q^H) b."""
+    c, r = jnp.zeros((f.z.shape[-1], b.shape[-1]), b.dtype), b
+    # The second step removes the rounding errors of R2^H R2, which are those of sums of m terms.
+    for _ in range(2):
+        step = triangular_solve(f.r2, H(mm(H(r), f.z)), adjoint=True)
+        c, r = c + step, r - mm(f.z, triangular_solve(f.r2, step))
+    return f.r, mm(H(f.u), c), abs2(r).sum(-2)
+
+
+def orthonormal(f: Preconditioned) -> tuple[jax.Array, jax.Array]:
+    """Q and R."""
+    inverse = triangular_solve(f.r2, identity_like(f.r2))
+    return mm(f.z, mm(inverse, f.u)), f.r

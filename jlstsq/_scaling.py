@@ -1,0 +1,58 @@
+"""Scaling by powers of two, and the NaN of bad input: exact, per matrix for T and per column for b."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ._numerics import largest_entry, power_of_two, scale_by, where_matrix
+
+
+class Scaled(NamedTuple):
+    """T and b with entries of order one, and the powers of two that undo it."""
+
+    t: jax.Array  # (*batch, m, p)
+    b: jax.Array  # (*batch, rows, k); columns that held NaN or Inf are zero
+    t_size: tuple[jax.Array, jax.Array]  # (*batch) the scale and its inverse
+    b_size: tuple[jax.Array, jax.Array]  # (*batch, k)
+    t_finite: jax.Array  # (*batch) bool
+    b_finite: jax.Array  # (*batch, k) bool
+
+
+def scale(t: jax.Array, b: jax.Array) -> Scaled:
+    """Scale T per matrix and b per column, exactly, as LAPACK's drivers do near overflow and underflow."""
+    t_largest, t_finite = largest_entry(t, (-2, -1))
+    b_largest, b_finite = largest_entry(b, -2)
+    t_size, b_size = power_of_two(t_largest), power_of_two(b_largest)
+    return Scaled(
+        t * t_size[1][..., None, None].astype(t.dtype),
+        jnp.where(b_finite[..., None, :], b, 0) * b_size[1][..., None, :].astype(b.dtype),
+        t_size,
+        b_size,
+        t_finite,
+        b_finite,
+    )
+
+
+def unscale(scaled: Scaled, x, rho, rank, s, good):
+    """Undo the scaling; NaN where the data, the threshold or gels' rank test say so.
+
+    Multiplying by NaN, where a select would do for the value, makes the gradient NaN as well.
+    """
+    nan = jnp.where(good[..., None] & scaled.b_finite, 1, jnp.nan).astype(scaled.t_size[0].dtype)
+    up, down = jnp.broadcast_arrays(scaled.b_size[0], scaled.t_size[1][..., None])
+    x = scale_by(x, up[..., None, :], down[..., None, :]) * nan[..., None, :].astype(x.dtype)
+    if rho is not None:
+        rho = rho * up * up * nan
+    nan = jnp.where(scaled.t_finite, 1, jnp.nan).astype(s.dtype)
+    s = s * (scaled.t_size[0] * nan)[..., None]
+    return x, rho, jnp.where(scaled.t_finite, rank, 0), s
+
+
+def safe_triangle(scaled: Scaled, r: jax.Array) -> jax.Array:
+    """R, with zeros instead of what came of NaN and Inf: no SVD must see those."""
+    return where_matrix(scaled.t_finite, r, jnp.zeros_like(r))
+
+
+def good(driver: str, scaled: Scaled, rcond: jax.Array, usable: jax.Array) -> jax.Array:
+    return scaled.t_finite & (usable if driver == "gels" else ~jnp.isnan(rcond))

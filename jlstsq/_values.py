@@ -1,0 +1,101 @@
+"""The value path: solution, squared residuals, rank and singular values, without Q.
+
+First the fast path (`_fast`), which knows when it may be believed. Where it may not, for as much as one
+matrix of a batch, the careful one: scale, reduce, decompose. The choice is one branch for the whole
+batch, but each matrix that the fast path solved keeps that result: no answer depends on its neighbours.
+"""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import _fast as fast
+from ._decompose import solve_decided, svd
+from ._numerics import abs2, mm, native_batch, where_matrix
+from ._reduce import project, triangle
+from ._scaling import good, safe_triangle, scale, unscale
+
+Answer = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def _careful(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Array) -> Answer:
+    """Scale, reduce, decompose, apply. rcond may have more leading dimensions than T and b."""
+    scaled = scale(t, b)
+    t, b = scaled.t, scaled.b
+    if wide:
+        r, c, tail = triangle(t), b, jnp.zeros((*b.shape[:-2], b.shape[-1]), scaled.b_size[0].dtype)
+    else:
+        r, c, tail = project(t, b)
+    s = _singular_values(driver, safe_triangle(scaled, r))
+    r, c = (jnp.broadcast_to(a, (*rcond.shape, *a.shape[-2:])) for a in (r, c))
+    ok = jnp.broadcast_to(scaled.t_finite, rcond.shape)
+    y, rank, usable = solve_decided(driver, wide, r, rcond, ok, c)
+    if wide:
+        # T y with R backward stable is as accurate as using Q (Paige 1973).
+        x, rho = mm(t, y), jnp.broadcast_to(tail, (*rcond.shape, tail.shape[-1]))
+    else:
+        x, rho = y, tail + abs2(c - mm(r, y)).sum(-2)
+    return unscale(scaled, x, rho, rank, s, good(driver, scaled, rcond, usable))
+
+
+def _singular_values(driver: str, r: jax.Array) -> jax.Array:
+    """Those of R where the driver has any."""
+    if driver in ("gelsd", "gelss"):
+        return svd.values(r, driver)
+    return jnp.zeros(r.shape[:-1], jnp.finfo(r.dtype).dtype)
+
+
+def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Array) -> Answer:
+    careful = partial(_careful, driver, wide, t, rcond, b)
+    attempt = fast.attempt(driver, wide, t, b)
+    if attempt is None:
+        return careful()
+    gels = driver == "gels"
+    proven = attempt.solved if gels else attempt.solved & fast.full_rank(attempt, rcond)
+    proven = jnp.broadcast_to(proven, rcond.shape)
+
+    def fast_answer() -> Answer:
+        real = attempt.residuals.dtype
+        exists = attempt.t_finite & attempt.usable if gels else attempt.t_finite
+        nan = jnp.where(exists[..., None] & attempt.b_finite, 1, jnp.nan).astype(real)
+        x = attempt.solution * nan[..., None, :].astype(t.dtype)
+        rho = attempt.residuals * nan
+        rank = jnp.where(attempt.t_finite, t.shape[-1], 0)
+        s = jnp.zeros((*attempt.t_finite.shape, t.shape[-1]), real)
+        if driver in ("gelsd", "gelss"):
+            s = jnp.where(attempt.t_finite[..., None], attempt.singular_values(), jnp.nan)
+        return (
+            jnp.broadcast_to(x, (*rcond.shape, *x.shape[-2:])),
+            jnp.broadcast_to(rho, (*rcond.shape, rho.shape[-1])),
+            jnp.broadcast_to(rank, rcond.shape),
+            s,
+        )
+
+    def careful_answer() -> Answer:
+        x, rho, rank, s = fast_answer()
+        careful_x, careful_rho, careful_rank, careful_s = careful()
+        return (
+            where_matrix(proven, x, careful_x),
+            jnp.where(proven[..., None], rho, careful_rho),
+            jnp.where(proven, rank, careful_rank),
+            jnp.where(attempt.solved[..., None], s, careful_s),
+        )
+
+    return lax.cond(proven.all(), fast_answer, careful_answer)
+
+
+@cache
+def values(driver: str, wide: bool):
+    """(T, rcond, b) -> (x, residuals, rank, s) for T (*batch, m, p), the tall one of A and A^H.
+
+    x = T^+ b, or T^+H b where A is wide. A user's vmap lands on the batch.
+    """
+    return native_batch(
+        partial(_values, driver, wide),
+        matrices=1,
+        thresholds=1,
+        columns_out=(True, True, False, False),
+        thresholds_out=(True, True, True, False),
+    )

@@ -1,0 +1,124 @@
+"""The fast paths accept nothing that the careful path does better; its own variants agree."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problems
+import pytest
+import scipy.linalg
+
+from jlstsq import _fast, lstsq
+from jlstsq._reduce import householder, sketch
+
+KAPPAS = (1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e8, 1e12)
+
+
+def problem(rng, m, p, kappa, dtype, noise=0.1):
+    """A of the given condition number, badly scaled columns included, and b with a residual."""
+    A = problems.with_spectrum(rng, m, p, np.logspace(0, -np.log10(kappa), p)).astype(dtype)
+    x = rng.standard_normal(p) / np.linalg.norm(A.astype(float), axis=0)
+    b = A @ x + noise * rng.standard_normal(m)
+    return A, b.astype(dtype)
+
+
+@pytest.mark.parametrize("shape", [(400, 20), (60, 3), (50, 50)], ids=str)
+def test_accepted_solutions_are_right(shape, precision):
+    """Over a sweep of condition numbers: where the fast path says solved, Wedin's bound holds."""
+    dtype = np.float64 if precision else np.float32
+    rng = np.random.default_rng(0)
+    eps = np.finfo(dtype).eps
+    m, p = shape
+    drawn = [problem(rng, m, p, kappa, dtype) for kappa in KAPPAS for _ in range(4)]
+    A, b = (np.stack(x) for x in zip(*drawn, strict=True))
+    attempt = jax.jit(lambda A, b: _fast.attempt("gels", False, A, b)._replace(singular_values=None))
+    if _fast.attempt("gels", False, A, b[..., None]) is None:
+        pytest.skip("no fast path for this shape and precision")
+    result = attempt(A, b[..., None])
+    solved = np.asarray(result.solved)
+    assert solved[:4].all()
+    for i in np.flatnonzero(solved):
+        exact, rhs = A[i].astype(float), b[i].astype(float)
+        x = scipy.linalg.lstsq(exact, rhs, cond=1e-15, lapack_driver="gelsd")[0]
+        s = np.linalg.svd(exact, compute_uv=False)
+        kappa, residual = s[0] / s[-1], np.linalg.norm(rhs - exact @ x)
+        bound = 4 * p * eps * kappa * (np.linalg.norm(x) + residual / s[-1])
+        assert np.linalg.norm(result.solution[i][:, 0] - x) <= bound
+        assert result.condition[i] * 1.001 >= kappa * (1 - 1e3 * eps * kappa)
+
+
+@pytest.mark.parametrize("shape", [(400, 20), (20, 400), (60, 3), (3, 60)], ids=str)
+def test_singular_values_are_backward_stable(shape, precision):
+    """Also those of the second pass over the data, at every condition number."""
+    dtype = np.float64 if precision else np.float32
+    rng = np.random.default_rng(1)
+    A = np.stack(
+        [problem(rng, *shape, kappa, dtype)[0] for kappa in KAPPAS if shape[0] > shape[1]]
+        or [problem(rng, shape[1], shape[0], kappa, dtype)[0].T for kappa in KAPPAS]
+    )
+    s = np.asarray(lstsq(A, A[..., :1], driver="gelsd").singular_values)
+    exact = np.linalg.svd(A.astype(float), compute_uv=False)
+    assert (abs(s - exact).max(-1) <= 20 * np.finfo(dtype).eps * exact[:, 0]).all()
+
+
+@pytest.mark.parametrize("kappa", [1e1, 1e5, 1e12])
+def test_sketch_is_as_good_as_householder(kappa, precision):
+    dtype = np.float64 if precision else np.float32
+    eps = np.finfo(dtype).eps
+    rng = np.random.default_rng(2)
+    m, p = 4000, 20
+    A, b = problem(rng, m, p, kappa, dtype)
+    assert sketch.worthwhile(A.shape)
+    factors = jax.jit(sketch.precondition)(A)
+    q, r = (np.asarray(x, float) for x in jax.jit(sketch.orthonormal)(factors))
+    exact = A.astype(float)
+    if factors.accepted:
+        assert np.linalg.norm(q.T @ q - np.eye(p)) < 40 * p * eps
+        assert np.linalg.norm(q @ r - exact) < 10 * eps * np.linalg.norm(exact)
+        ours = jax.jit(sketch.project)(factors, b[:, None])
+        theirs = jax.jit(householder.reduce_augmented)(A, b[:, None])
+        s, t = (np.linalg.svd(np.asarray(x[0], float), compute_uv=False) for x in (ours, theirs))
+        np.testing.assert_allclose(s, t, atol=10 * eps)
+        # The range of A is known up to kappa eps (Wedin 1972), by any method.
+        size = 10 * eps * kappa * np.linalg.norm(b) ** 2
+        np.testing.assert_allclose(ours[2], theirs[2], atol=size)
+        np.testing.assert_allclose((ours[1] ** 2).sum(), (theirs[1] ** 2).sum(), atol=size)
+    else:
+        assert kappa * eps > 1e-2
+
+
+@pytest.mark.parametrize("spoil", ["zero", "nan", "one row", "repeated"])
+def test_sketch_refuses_or_is_right(spoil, x64):
+    """Matrices that a sketch may lose: the answer is right all the same."""
+    rng = np.random.default_rng(3)
+    A, b = rng.standard_normal((3000, 12)), rng.standard_normal(3000)
+    if spoil == "zero":
+        A[:, 3] = 0
+    elif spoil == "nan":
+        A[5, 3] = np.nan
+    elif spoil == "one row":
+        A[:, 3] = 0
+        A[17, 3] = 1e8
+    else:
+        A[:, 3] = A[:, 4]
+    result = lstsq(A, b)
+    if spoil == "nan":
+        assert np.isnan(result.solution).all()
+        assert result.rank == 0
+        return
+    x, _, rank, _ = scipy.linalg.lstsq(A, b, lapack_driver="gelsy", cond=3000 * np.finfo(float).eps)
+    assert result.rank == rank
+    np.testing.assert_allclose(result.solution, x, atol=1e-11)
+
+
+@pytest.mark.parametrize("driver", ["gelsy", "gelsd"])
+def test_vmap_over_rcond_reduces_once(driver, x64):
+    A, B = jnp.ones((50, 20)).at[jnp.arange(20), jnp.arange(20)].add(3), jnp.ones((50, 1))
+    rconds = jnp.array([1e-8, 0.05, 0.2])
+    fun = jax.jit(jax.vmap(lambda r: lstsq(A, B, r, driver=driver)))
+    text = fun.lower(rconds).compile().as_text()
+    assert not any("f64[3,50," in line for line in text.splitlines() if "custom-call" in line)
+    result = fun(rconds)
+    for i, rcond in enumerate(rconds):
+        one = lstsq(A, B, rcond, driver=driver)
+        assert int(result.rank[i]) == int(one.rank)
+        np.testing.assert_allclose(result.solution[i], one.solution, atol=1e-13)
