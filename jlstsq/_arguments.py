@@ -50,9 +50,9 @@ def _is_weak(a: jax.Array) -> bool:
     return bool(getattr(jax.typeof(a), "weak_type", False))
 
 
-def is_vector(a: jax.Array, b: jax.Array) -> bool:
+def is_vector(a_shape: tuple, b: jax.Array) -> bool:
     """Whether B is one right-hand side per matrix; the vector reading wins ties."""
-    return b.ndim == 1 or (b.ndim == a.ndim - 1 and b.shape == a.shape[:-1])
+    return b.ndim == 1 or b.shape == a_shape[:-1]
 
 
 def check_matrix(a: jax.Array) -> None:
@@ -60,22 +60,25 @@ def check_matrix(a: jax.Array) -> None:
         raise ValueError(f"A must have shape (*batch, m, n), at least 2 dimensions, got shape {a.shape}.")
 
 
-def check_right_hand_side(a_shape: tuple, b: jax.Array, vector: bool) -> tuple:
-    """The broadcast batch shape; raises where B does not fit A."""
+def check_right_hand_side(a_shape: tuple, b: jax.Array, vector: bool, name: str = "B") -> tuple:
+    """The broadcast batch shape; raises where B does not fit A, or C, of n rows, its adjoint."""
+    m, what = (a_shape[-2], "m") if name == "B" else (a_shape[-1], "n")
     if b.ndim == 0:
-        raise ValueError("B must have shape (*batch, m, k) or (*batch, m), got a scalar.")
-    m, rows = a_shape[-2], b.shape[-1] if vector else b.shape[-2]
+        raise ValueError(f"{name} must have shape (*batch, {what}, k) or (*batch, {what}), got a scalar.")
+    rows = b.shape[-1] if vector else b.shape[-2]
     if m != rows:
-        raise ValueError(
-            f"A and B must have the same number of rows: m of A is {m}, of B is {rows} "
-            f"(shapes {a_shape} and {b.shape})."
+        same = (
+            "A and B must have the same number of rows"
+            if name == "B"
+            else "C must have a row per column of A"
         )
+        raise ValueError(f"{same}: {what} of A is {m}, of {name} is {rows} (shapes {a_shape} and {b.shape}).")
     batch_b = b.shape[:-1] if vector else b.shape[:-2]
     try:
         return jnp.broadcast_shapes(a_shape[:-2], batch_b)
     except ValueError as error:
         raise ValueError(
-            f"the batch dimensions of A and B must broadcast: {a_shape[:-2]} of A, {batch_b} of B."
+            f"the batch dimensions of A and {name} must broadcast: {a_shape[:-2]} of A, {batch_b} of {name}."
         ) from error
 
 
@@ -129,3 +132,44 @@ def unfold(x: jax.Array, batch_a: tuple, batch: tuple, folded: list[int], k: Any
     x = jnp.reshape(x, (*rest, *rows, *(batch[i] for i in folded), k))
     start = len(rest) + len(rows)
     return jnp.moveaxis(x, range(start, start + len(folded)), folded)
+
+
+def check_weights(weights: Any, shape: tuple, dtype: Any) -> jax.Array | None:
+    """The weights of the rows of A in the real dtype that is computed in; their batch is checked."""
+    if weights is None:
+        return None
+    weights = check_array(weights, "weights")
+    if jnp.iscomplexobj(weights):
+        raise TypeError(f"weights must be real, got dtype {weights.dtype}.")
+    if weights.ndim == 0 or weights.shape[-1] != shape[-2]:
+        raise ValueError(
+            f"weights must have shape (*batch, m), one for each row of A: m of A is {shape[-2]}, "
+            f"the shape of weights is {weights.shape}."
+        )
+    try:
+        jnp.broadcast_shapes(shape[:-2], weights.shape[:-1])
+    except ValueError as error:
+        raise ValueError(
+            f"the batch dimensions of A and weights must broadcast: "
+            f"{shape[:-2]} of A, {weights.shape[:-1]} of weights."
+        ) from error
+    return weights.astype(real_dtype(dtype))
+
+
+def check_ridge(ridge: Any, batch: tuple, dtype: Any) -> jax.Array | None:
+    """The ridge of each matrix, shape (*batch,), in the real dtype that is computed in."""
+    if ridge is None:
+        return None
+    if isinstance(ridge, (str, bytes, list, tuple)) or jnp.iscomplexobj(ridge):
+        raise TypeError(f"ridge must be a real number or array, got {type(ridge).__name__} {ridge!r}.")
+    ridge = jnp.asarray(ridge).astype(real_dtype(dtype))
+    try:
+        fits = jnp.broadcast_shapes(ridge.shape, batch) == batch
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"ridge must broadcast to the batch dimensions of A and weights: "
+            f"{ridge.shape} of ridge, {batch} of A and weights."
+        )
+    return jnp.broadcast_to(ridge, batch)

@@ -30,20 +30,46 @@ differentiates the equations, to any order and in any mode.
    derivative is not: without it the Hessian of a rank-deficient problem is wrong. The equation
    divides only by 1 - s_j^2 / s_i^2, j dropped and i kept: never by a gap among kept ones.
 
-3. Residuals. rho = ||r||^2 has rho' = 2 Re [ r^H (b' - T' x) - (D^H r)^H x' ], since T^H r = D^H r.
-   At full rank D = 0 and nothing noisy multiplies x'.
+   One form serves both. With w an orthonormal basis of the row space of T_k and F = T_k w,
 
-4. Singular values. s' = Re diag(E), E = U^H T' V. To differentiate that once more, U and V rotate:
+       [ I    F ] [ v ]   [ f ]          X = T_k^+ b = w y  (f = b, g = 0)
+       [ F^H  0 ] [ y ] = [ g ]          T_k^+H b = v       (f = 0, g = w^H b).
+
+   gelsd, gelss: w is the kept basis above and F = T w. gelsy: T_k = B J, w spans the range of J^H and
+   F = B J w. A basis of the range of any X = w C moves by w' = N_w X' C^-1.
+
+3. Weights and ridge. T is W^(1/2) T, and x = (F^H W F + ridge)^-1 F^H W b in the kept basis: s / (s^2 +
+   ridge) on every singular value kept. The equations are linear in W and in the ridge,
+
+       [ I       F     ] [ v ]   [ f ]
+       [ F^H W  -ridge ] [ y ] = [ g ],
+
+   so nothing passes through a square root and every derivative is right at ridge 0 and weight 0.
+   The kept basis is an invariant subspace of T^H W T:
+
+       Z - D^H W D Z K = N_w (T'^H W B K + D^H (W T' w + W' B) K),     K = (B^H W B)^-1.
+
+   All of it holds for a wide T as well, with w in the long space. So weights and ridge for a wide A
+   are not stated as an adjoint problem (there W^(1/2) would scale the unknowns). gelsy's pivots are
+   rows of A then, T_k = T w w^H, w a basis of the range of the pivot rows' adjoint.
+
+4. Residuals. rho = r^H W r has rho' = r^H W' r + 2 Re [ (W r)^H (b' - T' x) - (ridge x + D^H W r)^H x' ],
+   since T^H W r = ridge x + D^H W r. At full rank D = 0 and nothing noisy multiplies x'.
+
+5. Singular values. s' = Re diag(E), E = U^H T' V. To differentiate that once more, U and V rotate:
 
        U' = U Omega_U + (T' V - U E) S^-1,     Omega_U,ij = (s_j E_ij + s_i conj(E_ji)) / (s_j^2 - s_i^2)
-       V' = V Omega_V,                         Omega_V,ij = (s_i E_ij + s_j conj(E_ji)) / (s_j^2 - s_i^2)
+       V' = V Omega_V + (T'^H U - V E^H) S^-1, Omega_V,ij = (s_i E_ij + s_j conj(E_ji)) / (s_j^2 - s_i^2)
 
-   zero at ties and zeros; the phase of a complex pair goes to U, Omega_U,ii = i Im(E_ii) / s_i.
+   zero at ties and zeros; the phase of a complex pair goes to U, Omega_U,ii = i Im(E_ii) / s_i. The
+   last term of V' is zero where V is square, that of U' where U is. With weights U stands for
+   W^(1/2) U = W T V S^-1, and E has 1/2 S^-1 (T V)^H W' T V added.
 
-Everything is stated for the tall T; a wide A is T^H, so its problem is the adjoint one.
+Without weights and ridge everything is stated for the tall T; a wide A is T^H, its problem the adjoint.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,87 +81,215 @@ from ._numerics import H, abs2, any_of, identity_like, mm, where_matrix
 
 
 class Factors(NamedTuple):
-    """T = Q R with the decision on R, and T itself, the only differentiable part."""
+    """W^(1/2) T = Q R (its adjoint, where T is wide) with the decision on R.
 
-    t: jax.Array  # (*batch, m, p)
-    q: jax.Array  # (*batch, m, p)
+    T, the weights and the ridge are the differentiable part.
+    """
+
+    t: jax.Array  # (*batch, m, n); wide only where there are weights or a ridge
+    q: jax.Array  # (*batch, m, p), (*batch, n, p) where T is wide
     r: jax.Array  # (*batch, p, p)
     decision: Decision
+    weights: jax.Array | None = None  # (*batch, m)
+    ridge: jax.Array | None = None  # (*batch)
+    # (left, r): the kept core is left r, see `core_factors`; not needed where nothing is truncated
+    core: tuple[jax.Array, jax.Array] | None = None
+
+    @property
+    def wide(self) -> bool:
+        return self.t.shape[-2] < self.t.shape[-1]
+
+    @property
+    def plain(self) -> bool:
+        return self.weights is None and self.ridge is None
 
 
-def _augmented_solve(q: jax.Array, r: jax.Array, f: jax.Array, g: jax.Array):
-    """The solution (v, y) of the augmented system from B = Q R."""
-    c = mm(H(q), f) - triangular_solve(r, g, adjoint=True)
-    return f - mm(q, c), triangular_solve(r, c)
+def differentiated_as(differentiable: Callable) -> Callable:
+    """Decorator: the function's value, with the derivatives of `differentiable` of the same arguments.
 
-
-def augmented(
-    b: jax.Array, q: jax.Array, r: jax.Array, f: jax.Array, g: jax.Array, kept: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """(v, y) with v + B y = f and B^H v = g, differentiable in B, f and g to any order.
-
-    Columns of B and Q that are not kept are zero; there the second equation reads -y = g, so that
-    the system stays regular, and r holds the identity.
+    Only arguments that move are differentiated; a derivative in a constant costs nothing.
     """
-    q, r = lax.stop_gradient((q, r))
+
+    def decorate(values: Callable) -> Callable:
+        fun = jax.custom_jvp(values)
+
+        def rule(primals, tangents):
+            primals, tree = jax.tree.flatten(primals)
+            tangents = tree.flatten_up_to(tangents)
+            still = jax.custom_derivatives.SymbolicZero
+            moving = [i for i, t in enumerate(tangents) if not isinstance(t, still)]
+
+            def of_moving(*arguments):
+                full = list(primals)
+                for i, argument in zip(moving, arguments, strict=True):
+                    full[i] = argument
+                return differentiable(*jax.tree.unflatten(tree, full))
+
+            return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
+
+        fun.defjvp(rule, symbolic_zeros=True)
+        return fun
+
+    return decorate
+
+
+def weigh(weights: jax.Array | None, a: jax.Array) -> jax.Array:
+    """W a, rows scaled; a itself without weights."""
+    return a if weights is None else weights[..., None].astype(a.dtype) * a
+
+
+def root(weights: jax.Array | None) -> jax.Array | None:
+    """The square roots of the weights: for factors, which are constants, and for values."""
+    return None if weights is None else jnp.sqrt(lax.stop_gradient(weights))
+
+
+def adjoint_times(q: jax.Array, b: jax.Array) -> jax.Array:
+    """Q^H b, as (b^H Q)^H: XLA on CPU reads a tall Q row by row, which the other form does not."""
+    return H(mm(H(b), q))
+
+
+class FullRank(NamedTuple):
+    """F with full-rank kept columns and its factors: W^(1/2) F = q left r, or [core; sqrt(ridge) I].
+
+    Columns that are not kept are zero in F and in q left; r holds the identity there (times
+    sqrt(1 + ridge)), and the second equation reads -(1 + ridge) y = g.
+    """
+
+    f: jax.Array  # (*batch, m, columns), differentiable
+    q: jax.Array
+    r: jax.Array
+    left: jax.Array | None = None
+    kept: jax.Array | None = None  # (*batch, columns) bool
+    weights: jax.Array | None = None
+    ridge: jax.Array | None = None
+
+    def constants(self) -> "FullRank":
+        return jax.tree.map(lax.stop_gradient, self)
+
+    def project(self, f: jax.Array) -> jax.Array:
+        """(q left)^H W^(1/2) f."""
+        c = adjoint_times(self.q, weigh(root(self.weights), f))
+        return c if self.left is None else mm(H(self.left), c)
+
+    def second(self, y: jax.Array) -> jax.Array:
+        """What is subtracted in the second equation: ridge y, and y where it is not kept."""
+        out = jnp.zeros_like(y)
+        if self.ridge is not None:
+            out = self.ridge[..., None, None].astype(y.dtype) * y
+        return out if self.kept is None else out + jnp.where(self.kept[..., None], 0, y)
+
+    def normal_solve(self, g: jax.Array) -> jax.Array:
+        """(F^H W F + ridge)^-1 g."""
+        return triangular_solve(self.r, triangular_solve(self.r, g, adjoint=True))
+
+    def solve(self, f: jax.Array, g: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """(v, y) from the factors.
+
+        Rows of very different weight make q^H W^(1/2) f as inaccurate as the heaviest of them; the
+        residual of a first solution does not have this, and one correction brings full accuracy.
+        """
+        c = self.project(f)
+        if g is not None:
+            c = c - triangular_solve(self.r, g, adjoint=True)
+        y = triangular_solve(self.r, c)
+        if self.weights is None and self.ridge is None:
+            left = c if self.left is None else mm(self.left, c)
+            return f - mm(self.q, left), y
+        v = f - mm(self.f, y)
+        if self.weights is not None:
+            rest = self.second(y) if g is None else g + self.second(y)
+            c = self.project(v) - triangular_solve(self.r, rest, adjoint=True)
+            y = y + triangular_solve(self.r, c)
+            v = f - mm(self.f, y)
+        return v, y
+
+    def transpose_solve(self, f: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(v, y) of the adjoint system v + W F y = f, F^H v - ridge y = g.
+
+        f need not be a multiple of the weights, so these are the seminormal equations, corrected.
+        """
+        if self.weights is None:
+            return self.solve(f, g)
+        y = self.normal_solve(adjoint_times(self.f, f) - g)
+        v = f - weigh(self.weights, mm(self.f, y))
+        y = y + self.normal_solve(adjoint_times(self.f, v) - g - self.second(y))
+        return f - weigh(self.weights, mm(self.f, y)), y
+
+
+def augmented(problem: FullRank, f: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(v, y) with v + F y = f and F^H W v - ridge y = g, differentiable to any order.
+
+    In F, W, ridge, f and g.
+    """
+    constant = problem.constants()
     m = f.shape[-2]
 
+    def split(vy):
+        return vy[..., :m, :], vy[..., m:, :]
+
     def matvec(vy):
-        v, y = vy[..., :m, :], vy[..., m:, :]
-        second = mm(H(b), v)
-        if kept is not None:
-            second = second - jnp.where(kept[..., None], 0, y)
-        return jnp.concatenate([v + mm(b, y), second], axis=-2)
+        v, y = split(vy)
+        second = mm(H(problem.f), weigh(problem.weights, v)) - problem.second(y)
+        return jnp.concatenate([v + mm(problem.f, y), second], axis=-2)
 
     def solve(_, fg):
-        return jnp.concatenate(_augmented_solve(q, r, fg[..., :m, :], fg[..., m:, :]), axis=-2)
+        return jnp.concatenate(constant.solve(*split(fg)), axis=-2)
 
-    # The system is Hermitian, so its transpose is its conjugate.
     def transpose_solve(_, fg):
-        return solve(None, fg.conj()).conj()
+        return jnp.concatenate(constant.transpose_solve(*split(fg.conj())), axis=-2).conj()
 
     # One array, not a pair: custom_linear_solve fails (jax 0.10.2) where only f or only g moves.
-    vy = lax.custom_linear_solve(matvec, jnp.concatenate([f, g], axis=-2), solve, transpose_solve)
-    return vy[..., :m, :], vy[..., m:, :]
+    return split(lax.custom_linear_solve(matvec, jnp.concatenate([f, g], axis=-2), solve, transpose_solve))
 
 
 @jax.custom_jvp
-def kept_basis(t: jax.Array, q: jax.Array, w: jax.Array, r: jax.Array, kept: jax.Array) -> jax.Array:
-    """w, an orthonormal basis of the kept right singular vectors of T, as a function of T.
+def kept_basis(t, weights, w, problem, s, kept, full):
+    """w, an orthonormal basis of the kept right singular vectors of W^(1/2) T, as a function of T and W.
 
-    T w = q r with r diagonal.
+    `problem` holds the factors of W^(1/2) T w, s its singular values.
     """
     return w
 
 
 @kept_basis.defjvp
 def _kept_basis_rule(primals, tangents):
-    t, q, w, r, kept = primals
-    t_dot = tangents[0]
+    t, weights, w, problem, s, kept, full = primals
+    t_dot, weights_dot = tangents[:2]
     w = kept_basis(*primals)
     columns = kept[..., None, :]
     b = mm(t, w)
-    d = t - mm(b, H(w))
-    b_pinv_h, k = augmented(b, q, r, jnp.zeros_like(b), identity_like(w), kept)
+    d = where_matrix(full, jnp.zeros_like(t), t - mm(b, H(w)))
+    size = w.shape[-1]
+    eye = jnp.broadcast_to(jnp.eye(size, dtype=w.dtype), (*w.shape[:-2], size, size))
+    b_k, k = augmented(problem._replace(f=b, weights=weights), jnp.zeros_like(b), eye)
     k = jnp.where(columns, -k, 0)
 
     def project(a):  # N_w a
         return a - mm(w, mm(H(w), a))
 
-    rhs = project(mm(H(t_dot), b_pinv_h) + mm(H(d), mm(t_dot, mm(w, k))))
+    inner = weigh(weights, mm(t_dot, mm(w, k)))
+    if weights is not None:
+        inner = inner + weigh(weights_dot, b_k)
+    rhs = project(mm(H(t_dot), weigh(weights, b_k)) + mm(H(d), inner))
 
     def matvec(z):
-        return z - mm(project(mm(H(d), mm(d, z))), k)
+        return z - mm(project(mm(H(d), weigh(weights, mm(d, z)))), k)
 
-    # Solved in the basis of all right singular vectors, where D^H D and K are diagonal.
-    d0, s = lax.stop_gradient((d, jnp.diagonal(r, axis1=-2, axis2=-1).real))
-    eigenvalues, v = eigh(mm(H(d0), d0))
+    # Solved in the basis of the dropped right singular vectors, where D^H W D and K are diagonal.
+    d0 = weigh(root(weights), lax.stop_gradient(d))
+    if d0.shape[-2] < d0.shape[-1]:
+        eigenvalues, u = eigh(mm(d0, H(d0)))
+        nonzero = eigenvalues > 0
+        inverse = jnp.where(nonzero, 1 / jnp.sqrt(jnp.where(nonzero, eigenvalues, 1)), 0)
+        v = mm(H(d0), u) * inverse[..., None, :].astype(u.dtype)
+    else:
+        eigenvalues, v = eigh(mm(H(d0), d0))
     ratio = jnp.where(columns, eigenvalues[..., :, None] / (s**2)[..., None, :], 0)
     # Separated by the cut; the floor only keeps a cut through a rounding-level tie finite.
     gap = jnp.maximum(1 - ratio, jnp.finfo(s.dtype).eps)
 
     def solve(_, a):
-        return mm(v, mm(H(v), a) / gap.astype(a.dtype))
+        return a + mm(v, mm(H(v), a) * ((1 - gap) / gap).astype(a.dtype))
 
     def transpose_solve(_, a):
         return solve(None, a.conj()).conj()
@@ -144,115 +298,227 @@ def _kept_basis_rule(primals, tangents):
 
 
 @jax.custom_jvp
-def squared_residual(t, f, x, v, d):
-    """The squared column norms of v = f - T x; D^H v = T^H v, D the dropped part of T (None: zero)."""
-    return abs2(v).sum(-2)
+def range_basis(x, w, kept):
+    """w, an orthonormal basis of the range of X (kept columns, the others zero), as a function of X."""
+    return w
+
+
+@range_basis.defjvp
+def _range_basis_rule(primals, tangents):
+    x, _, kept = primals
+    w = range_basis(*primals)
+    x_dot = tangents[0]
+    both = kept[..., :, None] & kept[..., None, :]
+    small = mm(H(w), x)
+    q, r = qr(lax.stop_gradient(jnp.where(both, small, identity_like(small))))
+    problem = FullRank(x, lax.stop_gradient(w), r, jnp.where(kept[..., :, None], q, 0), kept)
+    _, c_inverse = augmented(problem, w, jnp.zeros_like(small))
+    x_c = mm(x_dot, c_inverse)
+    return w, x_c - mm(w, mm(H(w), x_c))
+
+
+@jax.custom_jvp
+def squared_residual(t, f, x, v, d, weights=None, ridge=None):
+    """r^H W r, columns of v = f - T x; T^H W v = ridge x + D^H W v, D the dropped part (None: zero)."""
+    return weigh(weights, abs2(v)).sum(-2)
 
 
 @squared_residual.defjvp
 def _squared_residual_rule(primals, tangents):
-    t, f, x, v, d = primals
-    t_dot, f_dot, x_dot, _, _ = tangents
-    inner = (v.conj() * (f_dot - mm(t_dot, x))).sum(-2)
+    _, _, x, v, d, weights, ridge = primals
+    t_dot, f_dot, x_dot, _, _, weights_dot, _ = tangents
+    weighted = weigh(weights, v)
+    inner = (weighted.conj() * (f_dot - mm(t_dot, x))).sum(-2)
     if d is not None:
-        inner = inner - (mm(H(d), v).conj() * x_dot).sum(-2)
-    return squared_residual(t, f, x, v, d), 2 * inner.real
+        inner = inner - (mm(H(d), weighted).conj() * x_dot).sum(-2)
+    if ridge is not None:
+        inner = inner - ridge[..., None].astype(x.dtype) * (x.conj() * x_dot).sum(-2)
+    out = 2 * inner.real
+    if weights is not None:
+        out = out + weigh(weights_dot, abs2(v)).sum(-2)
+    return squared_residual(*primals), out
 
 
-def _solve_full(factors: Factors, b: jax.Array, adjoint: bool):
-    """X = T^+ b and its squared residuals, or T^+H b, where nothing is truncated."""
-    t, q, r, decision = factors
+def core_factors(
+    r: jax.Array, decision: Decision, wide: bool, ridge: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(left, R) of the kept core: R_k = u core w^H, [core; sqrt(ridge) I] = [q1; q2] R.
+
+    left = u q1, so that W^(1/2) T_k w = Q left R without a ridge; for a wide T core^H, left = w q1.
+    The ridge touches this small triangle only.
+    """
+    kept = decision.kept
+    core = where_matrix(decision.full, r, kept.l)
+    core = H(core) if wide else core
+    outer = kept.w if wide else kept.u
+    if ridge is not None:
+        diagonal = jnp.sqrt(jnp.maximum(ridge, 0))[..., None, None].astype(r.dtype) * identity_like(r)
+        core = jnp.concatenate(jnp.broadcast_arrays(core, diagonal), axis=-2)
+    q, small = qr(core)
+    left = mm(outer, q[..., : r.shape[-1], :])
+    if wide or ridge is not None:
+        return left, small
+    # An element of full rank keeps its R to the bit.
+    return where_matrix(decision.full, outer, left), where_matrix(decision.full, r, small)
+
+
+class Problem(NamedTuple):
+    """The kept part T_k = F w^H, ready to be solved with; D = T - T_k."""
+
+    full_rank: FullRank
+    w: jax.Array | None  # (*batch, n, p), None: the identity
+    d: jax.Array | None  # None: zero
+
+
+def _full(factors: Factors) -> Problem:
+    """Nothing truncated, T tall: F = T."""
+    t, q, r, decision, weights, ridge, core = factors
+    left = None
+    if not factors.plain and core is not None:
+        left, r = core
     # An element that is truncated, or dependent under gels, must stay finite: its result is
     # replaced, and 0 * inf would reach its gradient all the same.
     regular = decision.full & decision.usable
     r = where_matrix(regular, r, identity_like(r))
-    if adjoint:
-        zero = jnp.zeros((*t.shape[:-1], b.shape[-1]), t.dtype)
-        return augmented(t, q, r, zero, b)[0], None
-    v, y = augmented(t, q, r, b, jnp.zeros((*t.shape[:-2], t.shape[-1], b.shape[-1]), t.dtype))
-    return y, squared_residual(t, b, y, v, None)
+    return Problem(FullRank(t, q, r, left, None, weights, ridge), None, None)
 
 
-def _solve_truncated(driver: str, factors: Factors, b: jax.Array, adjoint: bool):
-    """X = T_k^+ b = J^+ B^+ b and its squared residuals, or T_k^+H b = B^+H J^+H b.
+def _truncated(driver: str, factors: Factors) -> Problem:
+    """The kept part. Tall elements of full rank have w = I exactly."""
+    t, q, r, decision, weights, ridge, core = factors
+    e, r_e, u, _, w, kept = decision.kept
+    full, wide = decision.full, factors.wide
 
-    Elements of full rank have e = w = I exactly, and the same arithmetic as `_solve_full`.
-    """
-    t, q, _, decision = factors
-    e, r, u, _, w, kept = decision.kept
-    p, k = t.shape[-1], b.shape[-1]
-    batch = t.shape[:-2]
-    q = mm(q, u)
+    def full_rank(f, core, ridge):
+        left, small = core
+        small = where_matrix(decision.usable, small, identity_like(small))
+        outer = (left, small) if wide else (q, small, left)
+        return FullRank(f, *outer, kept=kept, weights=weights, ridge=ridge)
 
-    def zeros(rows, columns):
-        return jnp.zeros((*batch, rows, columns), t.dtype)
-
-    if driver == "gelsy":
-        base = mm(t, e)
-        d, j = augmented(base, q, r, t, zeros(p, p), kept)
-        j = where_matrix(decision.full, identity_like(j), j)
-        d = where_matrix(decision.full, jnp.zeros_like(d), d)
-        # J^H is p x p: its own QR factorisation solves with it.
-        jh = H(j)
-        jq, jr = qr(lax.stop_gradient(jh))
-        jr = jnp.where(kept[..., :, None] & kept[..., None, :], jr, identity_like(jr))
-        jq = jnp.where(kept[..., None, :], jq, 0)
-        if adjoint:
-            _, y = augmented(jh, jq, jr, b, zeros(p, k), kept)
-            return augmented(base, q, r, zeros(t.shape[-2], k), y, kept)[0], None
-        v, c = augmented(base, q, r, b, zeros(p, k), kept)
-        x, _ = augmented(jh, jq, jr, zeros(p, k), c, kept)
+    if core is None:
+        core = core_factors(r, decision, wide, ridge)
+    if driver in ("gelsd", "gelss"):
+        s = abs(jnp.diagonal(decision.kept.l, axis1=-2, axis2=-1))
+        without = core if ridge is None else core_factors(r, decision, wide)
+        constants = lax.stop_gradient((mm(q, u) if wide else w, full_rank(q, without, None), s))
+        basis = kept_basis(t, weights, *constants, kept, full)
+        f = mm(t, basis)
+    elif wide:
+        basis = range_basis(mm(H(t), e), lax.stop_gradient(mm(q, u)), kept)
+        f = mm(t, basis)
     else:
-        w = kept_basis(t, *lax.stop_gradient((q, w, r)), kept)
-        base = mm(t, w)
-        d = t - mm(base, H(w))
-        if adjoint:
-            return augmented(base, q, r, zeros(t.shape[-2], k), mm(H(w), b), kept)[0], None
-        v, y = augmented(base, q, r, b, zeros(p, k), kept)
-        x = mm(w, y)
-    # D x is zero for the SVD, but not its derivative.
-    return x, squared_residual(t, b, x, v - mm(d, x), d)
+        base = mm(t, e)
+        d, j = augmented(FullRank(base, q, r_e, u, kept, weights), t, jnp.zeros_like(r))
+        j = where_matrix(full, identity_like(j), j)
+        d = where_matrix(full, jnp.zeros_like(d), d)
+        basis = range_basis(H(j), w, kept)
+        return Problem(full_rank(mm(base, mm(j, basis)), core, ridge), basis, d)
+    return Problem(full_rank(f, core, ridge), basis, t - mm(f, H(basis)))
 
 
-def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool):
-    """The solution for right-hand sides b, and its squared residuals (None for the adjoint problem).
+def with_problem(driver: str, factors: Factors, fun: Callable[[Problem], Any]) -> Any:
+    """`fun` of the kept part, differentiable in T, the weights and the ridge.
 
     One branch for the whole batch, also under a user's vmap: without truncation the cost is that of
     a few products with T.
     """
+    if factors.wide:
+        return fun(_truncated(driver, factors))
     if driver == "gels":
-        return _solve_full(factors, b, adjoint)
+        return fun(_full(factors))
     return lax.cond(
         any_of(~factors.decision.full),
-        lambda: _solve_truncated(driver, factors, b, adjoint),
-        lambda: _solve_full(factors, b, adjoint),
+        lambda: fun(_truncated(driver, factors)),
+        lambda: fun(_full(factors)),
     )
 
 
+def _zeros(f: jax.Array, rows: int, b: jax.Array) -> jax.Array:
+    return jnp.zeros((*f.shape[:-2], rows, b.shape[-1]), f.dtype)
+
+
+def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool):
+    """The solution x = S b for right-hand sides b, and its squared residuals (None, where T is wide).
+
+    Or, adjoint, S^H b (and None).
+
+    S = T_k^+ without a ridge, and S = w (F^H W F + ridge)^-1 F^H W in general.
+    """
+    t, weights, ridge = factors.t, factors.weights, factors.ridge
+
+    def apply(problem: Problem):
+        full_rank, w, d = problem
+        f = full_rank.f
+        if adjoint:
+            v, _ = augmented(full_rank, _zeros(f, f.shape[-2], b), b if w is None else mm(H(w), b))
+            return weigh(weights, v), None
+        v, y = augmented(full_rank, b, _zeros(f, f.shape[-1], b))
+        x = y if w is None else mm(w, y)
+        # D x is zero for the SVD, but not its derivative.
+        v = v if d is None else v - mm(d, x)
+        return x, None if factors.wide else squared_residual(t, b, x, v, d, weights, ridge)
+
+    return with_problem(driver, factors, apply)
+
+
+def covariance(driver: str, factors: Factors) -> jax.Array:
+    """S W^-1 S^H = N T^H W T N, N = (T^H W T + ridge)^+, of the kept part."""
+
+    def apply(problem: Problem):
+        f = problem.full_rank.f
+        rhs = identity_like(factors.r) if problem.w is None else H(problem.w)
+        v, _ = augmented(problem.full_rank, _zeros(f, f.shape[-2], rhs), rhs)
+        return mm(H(v), weigh(factors.weights, v))
+
+    return with_problem(driver, factors, apply)
+
+
+def leverages(driver: str, factors: Factors) -> jax.Array:
+    """The diagonal of F (F^H W F + ridge)^-1 F^H W: how much each right-hand side moves its own fit."""
+
+    def apply(problem: Problem):
+        f = problem.full_rank.f
+        rhs = identity_like(factors.r)
+        v, _ = augmented(problem.full_rank, _zeros(f, f.shape[-2], rhs), rhs)
+        return weigh(factors.weights, (v * f.conj()).real).sum(-1)
+
+    return with_problem(driver, factors, apply)
+
+
 @jax.custom_jvp
-def singular_triplets(t: jax.Array, u: jax.Array, s: jax.Array, v: jax.Array):
-    """U (m x p), s, V of T = U diag(s) V^H as functions of T."""
+def singular_triplets(t, u, s, v, weights=None):
+    """W^(1/2) U (m x p), s, V (n x p) of W^(1/2) T = U diag(s) V^H as functions of T and W."""
     return u, s, v
 
 
 @singular_triplets.defjvp
 def _singular_triplets_rule(primals, tangents):
+    t, _, _, _, weights = primals
     u, s, v = singular_triplets(*primals)
-    t_dot = tangents[0]
-    t_v = mm(t_dot, v)
-    e = mm(H(u), t_v)
-    diagonal = jnp.diagonal(e, axis1=-2, axis2=-1)
-    s_i, s_j = s[..., :, None], s[..., None, :]
+    t_dot, weights_dot = tangents[0], tangents[4]
     eps = jnp.finfo(s.dtype).eps
-    tie = abs(s_j - s_i) <= s.shape[-1] * eps * s[..., :1, None]
-    gap = jnp.where(tie, 0, 1 / jnp.where(tie, 1, (s_j - s_i) * (s_j + s_i)))
     zero = s <= s.shape[-1] * eps * s[..., :1]
     inverse = jnp.where(zero, 0, 1 / jnp.where(zero, 1, s))
+    columns = inverse[..., None, :].astype(v.dtype)
+    moved = weigh(weights, mm(t_dot, v))
+    e = mm(H(u), mm(t_dot, v))
+    if weights is not None:
+        t_v = mm(t, v)
+        weights_t_v = weigh(weights_dot, t_v)
+        half = mm(H(t_v), weights_t_v) * inverse[..., :, None].astype(v.dtype) / 2
+        moved, e = moved + weights_t_v, e + half
+    diagonal = jnp.diagonal(e, axis1=-2, axis2=-1)
+    s_i, s_j = s[..., :, None], s[..., None, :]
+    tie = abs(s_j - s_i) <= s.shape[-1] * eps * s[..., :1, None]
+    gap = jnp.where(tie, 0, 1 / jnp.where(tie, 1, (s_j - s_i) * (s_j + s_i)))
     to_j, to_i = (gap * s_j).astype(e.dtype), (gap * s_i).astype(e.dtype)
     omega_u = to_j * e + to_i * H(e)
     omega_v = to_i * e + to_j * H(e)
     if jnp.iscomplexobj(t_dot):
         phase = lax.complex(jnp.zeros_like(s), diagonal.imag * inverse)
         omega_u = omega_u + phase[..., None, :] * jnp.eye(s.shape[-1], dtype=e.dtype)
-    u_dot = mm(u, omega_u) + (t_v - mm(u, e)) * inverse[..., None, :].astype(u.dtype)
-    return (u, s, v), (u_dot, diagonal.real, mm(v, omega_v))
+    u_dot = mm(u, omega_u) + (moved - mm(u, e)) * columns
+    v_dot = mm(v, omega_v)
+    if t.shape[-2] < t.shape[-1]:
+        v_dot = v_dot + (mm(H(t_dot), u) - mm(v, mm(H(v), mm(H(t_dot), u)))) * columns
+    return (u, s, v), (u_dot, diagonal.real, v_dot)

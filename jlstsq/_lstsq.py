@@ -10,6 +10,7 @@ from jax import lax
 from . import _arguments as arguments
 from . import _derivative as derivative
 from ._decompose import decider, svd
+from ._factorization import factorize
 from ._numerics import H, abs2, mm
 from ._reduce import orthonormal
 from ._result import LstsqResult
@@ -18,7 +19,15 @@ from ._values import values
 
 
 @partial(jax.jit, static_argnames=("driver",))
-def lstsq(A: Any, B: Any, rcond: Any = None, *, driver: str | None = None) -> LstsqResult:
+def lstsq(
+    A: Any,
+    B: Any,
+    rcond: Any = None,
+    *,
+    driver: str | None = None,
+    weights: Any = None,
+    ridge: Any = None,
+) -> LstsqResult:
     """Least-squares solutions of A X = B by one of LAPACK's four methods, differentiable to any order.
 
     X minimises ||A X - B||_F, and of all minimisers it has the smallest norm. The tall one of A and
@@ -36,6 +45,13 @@ def lstsq(A: Any, B: Any, rcond: Any = None, *, driver: str | None = None) -> Ls
       rcond: singular values at most ``rcond`` times the largest count as zero. A number, or an array
         that broadcasts to ``batch_a``. None: ``eps * max(m, n)`` (eps, where that reaches 1).
         Negative: eps. 1 or more: everything counts as zero. gels ignores it.
+      weights: ``(*batch_w, m)``, real and not negative: X minimises the sum of w_i |A X - B|_i^2.
+        ``batch_a`` is then the broadcast of A's batch and the weights'; rank and singular values are
+        those of W^(1/2) A, the residuals weighted. Rows of weight zero do not count (but NaN in
+        them does), except that the default rcond knows all m rows.
+      ridge: a number, or an array that broadcasts to ``batch_a``, not negative: ridge ||X||^2 is added.
+        rcond truncates first; every singular value kept is filtered by s / (s^2 + ridge). The residuals
+        are without that penalty. A negative or non-finite weight or ridge gives NaN in its element.
       driver: one of the four names in any case; None is gelsy on every platform.
 
     Returns:
@@ -50,9 +66,10 @@ def lstsq(A: Any, B: Any, rcond: Any = None, *, driver: str | None = None) -> Ls
       ValueError: shapes that do not fit, or an unknown driver. Both while tracing, never from data.
 
     Differentiation:
-      `solution`, `residuals` and `singular_values` are differentiable in A and B, in every mode and
-      order, at the rank that was decided; `rank` and `rcond` have no derivative. gelsy's is taken at
-      fixed pivots. `jax.grad` of a complex function is the conjugate of PyTorch's.
+      `solution`, `residuals` and `singular_values` are differentiable in A, B, weights and ridge (also
+      at 0), in every mode and order, at the rank that was decided; `rank` and `rcond` have no
+      derivative. gelsy's is taken at fixed pivots. `jax.grad` of a complex function is the conjugate of
+      PyTorch's.
 
     References:
       Golub (1965), Numer. Math. 7. LAPACK Users' Guide (1999), section 2.4.2. Golub and Pereyra
@@ -70,9 +87,12 @@ def lstsq(A: Any, B: Any, rcond: Any = None, *, driver: str | None = None) -> Ls
     driver = arguments.check_driver(driver)
     A, B = arguments.check_array(A, "A"), arguments.check_array(B, "B")
     arguments.check_matrix(A)
-    vector = arguments.is_vector(A, B)
-    batch = arguments.check_right_hand_side(A.shape, B, vector)
     dtypes = arguments.common_dtypes(A, B)
+    if weights is not None or ridge is not None:
+        A = A.astype(dtypes.result)
+        return factorize(A, rcond, driver=driver, weights=weights, ridge=ridge).lstsq(B)
+    vector = arguments.is_vector(A.shape, B)
+    batch = arguments.check_right_hand_side(A.shape, B, vector)
     a, b = A.astype(dtypes.compute), B.astype(dtypes.compute)
     rcond = arguments.resolve_rcond(rcond, a.shape, dtypes.compute)
 
