@@ -15,22 +15,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._numerics import H, native_batch
+from ._numerics import H, identity_like, mm, native_batch
 
-# jaxlib splits from 200 000 operations on, by a count of its own that is less than this many
-# times rows * columns * min(rows, columns).
+# jaxlib splits from 200 000 operations on, by a count of its own.
 _SPLIT = 200_000
-_COUNT = 40
 # Triangles of a batch this small are solved by code of our own.
 _TINY = 4
+# Triangles are inverted in blocks of at most this size: of one matrix, and of a batch.
+_LEAF = 128
+_BATCHED_LEAF = 8
 
 
-def _in_thread(fun: Callable, *args: jax.Array) -> Any:
-    """`fun` over the leading axis of its arguments, in blocks that jaxlib does not split."""
+def _in_thread(fun: Callable, count: float, *args: jax.Array) -> Any:
+    """`fun` over the leading axis of its arguments, in blocks that jaxlib does not split.
+
+    Its count of operations is at most `count` rows columns min(rows, columns), threefold if complex.
+    """
     matrices = args[0].shape[0]
     rows, columns = args[0].shape[-2:]
-    widest = max(a.shape[-1] for a in args)
-    block = max(1, (_SPLIT - 1) // max(1, _COUNT * rows * widest * min(rows, columns)))
+    widest = args[-1].shape[-1]
+    count *= 3 if jnp.iscomplexobj(args[0]) else 1
+    block = max(1, int((_SPLIT - 1) / max(1, count * rows * widest * min(rows, columns))))
     if not isinstance(matrices, int):  # a symbolic dimension, treated as large
         return lax.map(lambda a: fun(*a), args)
     if matrices <= block:
@@ -38,10 +43,13 @@ def _in_thread(fun: Callable, *args: jax.Array) -> Any:
     return lax.map(lambda a: fun(*a), args, batch_size=block)
 
 
-def _batched(fun: Callable, columns_out: tuple[bool, ...], matrices: int = 1, gpu: Any = None) -> Callable:
+def _batched(
+    fun: Callable, count: float, columns_out: tuple[bool, ...], matrices: int = 1, gpu: Any = None
+) -> Callable:
     """`fun`, a function of matrices to a tuple, for leading batch dimensions and a user's vmap.
 
-    `gpu` replaces it on CUDA and ROCm. `matrices` and `columns_out` are those of `native_batch`.
+    `count` is that of `_in_thread`; `gpu` replaces `fun` on CUDA and ROCm. `matrices` and
+    `columns_out` are those of `native_batch`.
     """
     gpus = {"cuda": gpu, "rocm": gpu} if gpu else {}
 
@@ -50,13 +58,13 @@ def _batched(fun: Callable, columns_out: tuple[bool, ...], matrices: int = 1, gp
         if not batch:
             return lax.platform_dependent(*args, default=fun, **gpus) if gpu else fun(*args)
         flat = [a.reshape(math.prod(batch), *a.shape[len(batch) :]) for a in args]
-        out = lax.platform_dependent(*flat, cpu=partial(_in_thread, fun), default=fun, **gpus)
+        out = lax.platform_dependent(*flat, cpu=partial(_in_thread, fun, count), default=fun, **gpus)
         return tuple(x.reshape(*batch, *x.shape[1:]) for x in out)
 
     return native_batch(call, matrices, columns_out)
 
 
-def _substitute(r: jax.Array, b: jax.Array, lower: bool, adjoint: bool) -> jax.Array:
+def _substitute(r: jax.Array, b: jax.Array, lower: bool = False, adjoint: bool = False) -> jax.Array:
     """R^-1 b or R^-H b, unrolled over the rows: a library's call costs more than its work where p is tiny."""
     p = r.shape[-1]
     a = H(r) if adjoint else r
@@ -80,7 +88,7 @@ def _triangular_solve(lower: bool, adjoint: bool) -> Callable:
         )
         return (x,)
 
-    return _batched(solve, (True,))
+    return _batched(solve, 1, (True,))
 
 
 def triangular_solve(r: jax.Array, b: jax.Array, *, lower: bool = False, adjoint: bool = False) -> jax.Array:
@@ -89,12 +97,44 @@ def triangular_solve(r: jax.Array, b: jax.Array, *, lower: bool = False, adjoint
     return x
 
 
-_triangle = _batched(lambda a: (jnp.linalg.qr(a, mode="r"),), (False,))
-_qr = _batched(lambda a: tuple(jnp.linalg.qr(a, mode="reduced")), (False, False))
-_cholesky = _batched(lambda a: (lax.linalg.cholesky(a, symmetrize_input=False),), (False,))
-_eigh = _batched(lambda a: tuple(jnp.linalg.eigh(a, symmetrize_input=False)), (False, False))
+def inverse(r: jax.Array) -> jax.Array:
+    """R^-1 of an upper triangle, by products: a library's substitution is slower than those.
+
+    The diagonal blocks are inverted, then neighbours are joined: [A, B; 0, D]^-1 has the corner
+    -A^-1 B D^-1 (Higham, Accuracy and Stability, 2002, section 14.2).
+    """
+    p = r.shape[-1]
+    largest = _LEAF if r.ndim == 2 else _BATCHED_LEAF
+    levels = max(0, math.ceil(math.log2(p / largest)))
+    size = -(-p // 2**levels)
+    pad = (size << levels) - p
+    if pad:
+        r = jnp.pad(r, [(0, 0)] * (r.ndim - 2) + [(0, pad), (0, pad)])
+        r = r + jnp.diag((jnp.arange(p + pad) >= p).astype(r.dtype))
+
+    def blocks(step: int, right: int) -> jax.Array:
+        """Blocks of the current size at every step-th diagonal place, `right` places off it."""
+        n = r.shape[-1] // size
+        starts = [(i * size, (i + right) * size) for i in range(0, n, step)]
+        return jnp.stack([r[..., i : i + size, j : j + size] for i, j in starts], axis=-3)
+
+    leaves = blocks(1, 0)
+    x = (_substitute if size <= _BATCHED_LEAF else triangular_solve)(leaves, identity_like(leaves))
+    for _ in range(levels):
+        a, d = x[..., 0::2, :, :], x[..., 1::2, :, :]
+        corner = -mm(mm(a, blocks(2, 1)), d)
+        bottom = jnp.concatenate([jnp.zeros_like(d), d], axis=-1)
+        x = jnp.concatenate([jnp.concatenate([a, corner], axis=-1), bottom], axis=-2)
+        size *= 2
+    return x[..., 0, :p, :p]
+
+
+_triangle = _batched(lambda a: (jnp.linalg.qr(a, mode="r"),), 2, (False,))
+_qr = _batched(lambda a: tuple(jnp.linalg.qr(a, mode="reduced")), 4, (False, False))
+_cholesky = _batched(lambda a: (lax.linalg.cholesky(a, symmetrize_input=False),), 0.34, (False,))
+_eigh = _batched(lambda a: tuple(jnp.linalg.eigh(a, symmetrize_input=False)), 40, (False, False))
 _householder_product = _batched(
-    lambda a, taus: (lax.linalg.householder_product(a, taus[..., 0, :]),), (False,), matrices=2
+    lambda a, taus: (lax.linalg.householder_product(a, taus[..., 0, :]),), 4, (False,), matrices=2
 )
 
 
@@ -135,7 +175,7 @@ def _svd(vectors: bool, qr_iteration: bool) -> Callable:
         return tuple(out) if isinstance(out, (tuple, list)) else (out,)
 
     gpu = partial(decompose, algorithm=lax.linalg.SvdAlgorithm.QR) if qr_iteration else None
-    return _batched(decompose, (False,) * (3 if vectors else 1), gpu=gpu)
+    return _batched(decompose, 10, (False,) * (3 if vectors else 1), gpu=gpu)
 
 
 def svd(a: jax.Array, *, qr_iteration: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:

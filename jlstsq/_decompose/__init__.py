@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .. import _library as library
 from .._library import triangular_solve
 from .._numerics import identity_like, native_batch, where_matrix
 from . import certificate, complete_orthogonal, svd
@@ -75,7 +76,7 @@ def solve_decided(
 def _certify(driver: str, r: jax.Array, rcond: jax.Array, ok: jax.Array):
     """R without NaN and Inf, where nothing is truncated, and where gels has an answer."""
     safe = where_matrix(ok, r, identity_like(r))
-    inverse = triangular_solve(safe, identity_like(r))
+    inverse = library.inverse(safe)
     everywhere = jnp.ones(jnp.broadcast_shapes(ok.shape, rcond.shape), bool)
     if driver == "gels":
         return safe, everywhere, certificate.independent(certificate.dependence(safe, inverse))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._library import cholesky, triangular_solve
+from .._library import cholesky, inverse
 from .._numerics import H, abs2, identity_like, mm, norm2_bound, where_matrix
 
 _CONTRACTION = 0.1
@@ -43,10 +43,10 @@ def worthwhile(shape: tuple, dtype: Any) -> bool:
     """Whether T of this shape is likely to be accepted.
 
     float32 data is up to a condition number of about ten only, which a random matrix has when it is
-    much taller than wide.
+    much taller than wide. A square one gains nothing.
     """
     m, p = shape[-2:]
-    return isinstance(m, int) and isinstance(p, int) and m >= (4 * p if jnp.finfo(dtype).bits == 32 else p)
+    return isinstance(m, int) and isinstance(p, int) and m >= (4 if jnp.finfo(dtype).bits == 32 else 2) * p
 
 
 def range_of(m: int, dtype: Any) -> tuple[float, float]:
@@ -66,25 +66,31 @@ def _rounding(m: int, p: int, dtype: Any) -> float:
 
 
 def product(t: jax.Array, rows_apart: bool = False) -> jax.Array:
-    """T^H T; `rows_apart` where T is the adjoint of what lies in memory."""
+    """T^H T; `rows_apart` where T is the adjoint of what lies in memory.
+
+    XLA on CPU multiplies a transpose that it does not store at half the speed in float64. To store it
+    pays for large p, in blocks where T is tall.
+    """
     m, p = t.shape[-2:]
 
+    def stored(t):
+        columns = lax.optimization_barrier(t.mT)
+        return mm(columns, columns.mT)
+
     def blocked(t):
-        """XLA on CPU multiplies a transpose that it does not store at half the speed in float64."""
-
-        def add(total, rows):
-            columns = lax.optimization_barrier(rows.T)
-            return total + mm(columns, columns.T), None
-
         whole = m // _ROWS * _ROWS
-        total, _ = lax.scan(add, jnp.zeros((p, p), t.dtype), t[:whole].reshape(-1, _ROWS, p))
+        total, _ = lax.scan(
+            lambda total, rows: (total + stored(rows), None),
+            jnp.zeros((p, p), t.dtype),
+            t[:whole].reshape(-1, _ROWS, p),
+        )
         return total + mm(H(t[whole:]), t[whole:])
 
     def plain(t):
         return mm(H(t), t)
 
-    if t.ndim == 2 and t.dtype == jnp.float64 and not rows_apart and m >= 4 * _ROWS and p >= 32:
-        return lax.platform_dependent(t, cpu=blocked, default=plain)
+    if t.ndim == 2 and t.dtype == jnp.float64 and not rows_apart and p > 64:
+        return lax.platform_dependent(t, cpu=blocked if m >= 4 * _ROWS else stored, default=plain)
     return plain(t)
 
 
@@ -100,16 +106,18 @@ def factor(t: jax.Array, rows_apart: bool = False) -> Gram:
     r = H(cholesky(where_matrix(positive, unit, eye)))
     definite = positive & jnp.isfinite(jnp.diagonal(r, axis1=-2, axis2=-1).real).all(-1)
     r = where_matrix(definite, r, eye)
-    x = triangular_solve(r, eye)
-    inverse_norm = norm2_bound(x)
+    x = inverse(r)
+    # The sharper bound costs two products of triangles; float32 has no room for the other.
+    sharp = (t.ndim == 2 and m >= 8 * p) or jnp.finfo(t.dtype).bits == 32
+    inverse_norm = norm2_bound(x) if sharp else jnp.sqrt(abs2(x).sum((-2, -1)))
     contraction = _rounding(m, p, squares.dtype) * inverse_norm**2
     accepted = definite & (contraction <= _CONTRACTION)
-    inverse = d[..., :, None].astype(x.dtype) * x
+    x = d[..., :, None].astype(x.dtype) * x
     # ||T|| is at most its Frobenius norm, ||D R^-1|| at most its own and ||D|| ||R^-1||.
     size = jnp.sqrt(squares.sum(-1))
-    inverse_size = jnp.minimum(d.max(-1) * inverse_norm, jnp.sqrt(abs2(inverse).sum((-2, -1))))
+    inverse_size = jnp.minimum(d.max(-1) * inverse_norm, jnp.sqrt(abs2(x).sum((-2, -1))))
     return Gram(
-        inverse=inverse,
+        inverse=x,
         triangle=r / d[..., None, :].astype(r.dtype),
         inverse_norm=inverse_norm,
         contraction=contraction,
@@ -117,6 +125,11 @@ def factor(t: jax.Array, rows_apart: bool = False) -> Gram:
         accepted=accepted,
         squares=squares,
     )
+
+
+def _harmful(gram: Gram) -> jax.Array:
+    """Whether some condition number of R1 costs digits in what is only R1 to a product's accuracy."""
+    return (gram.accepted & (gram.inverse_norm > _HARMLESS)).any()
 
 
 def _nearly_orthonormal(t: jax.Array, gram: Gram) -> jax.Array:
@@ -128,17 +141,20 @@ def _nearly_orthonormal(t: jax.Array, gram: Gram) -> jax.Array:
     def correct(_, z):
         return z + mm(t - mm(z, gram.triangle), gram.inverse)
 
-    harmful = (gram.accepted & (gram.inverse_norm > _HARMLESS)).any()
-    return lax.fori_loop(0, harmful.astype(int), correct, mm(t, gram.inverse))
+    return lax.fori_loop(0, _harmful(gram).astype(int), correct, mm(t, gram.inverse))
 
 
 def triangle(t: jax.Array, gram: Gram) -> jax.Array:
-    """R of T, where accepted."""
-    return mm(H(cholesky(product(_nearly_orthonormal(t, gram)))), gram.triangle)
+    """R of T, where accepted; with a condition number near one the first R is as good as the second."""
+
+    def second():
+        return mm(H(cholesky(product(_nearly_orthonormal(t, gram)))), gram.triangle)
+
+    return lax.cond(_harmful(gram), second, lambda: gram.triangle)
 
 
 def orthonormal(t: jax.Array, gram: Gram) -> tuple[jax.Array, jax.Array]:
     """Q and R of T, where accepted."""
     z = _nearly_orthonormal(t, gram)
     r2 = H(cholesky(product(z)))
-    return mm(z, triangular_solve(r2, identity_like(r2))), mm(r2, gram.triangle)
+    return mm(z, inverse(r2)), mm(r2, gram.triangle)

@@ -28,7 +28,7 @@ _UNROLLED = 2
 def worthwhile(shape: tuple) -> bool:
     """Whether matrices of this shape are small; symbolic dimensions are large."""
     known = all(isinstance(d, int) for d in shape)
-    return known and shape[-1] <= 8 and shape[-2] <= 64
+    return known and shape[-1] <= 8 and shape[-1] * shape[-2] <= 64
 
 
 class Lanes(NamedTuple):
