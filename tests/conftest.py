@@ -1,4 +1,8 @@
-"""Both precisions: `x64` runs a test in float64, `precision` in each of the two."""
+"""Both precisions: `x64` runs a test in float64, `precision` in each of the two.
+
+What takes time is compiling. So programs are compiled without LLVM's expensive passes, save where the
+passes matter (the marker `optimised`), and `gelss`, on a CPU the program of gelsd, is slow.
+"""
 
 import jax
 import pytest
@@ -16,6 +20,20 @@ def precision(request):
     """Run the test without and with 64-bit types."""
     with jax.enable_x64(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _compilation(request):
+    light = request.node.get_closest_marker("optimised") is None
+    if light != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", light)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        name = getattr(item, "callspec", None)
+        if name is not None and name.params.get("driver") == "gelss":
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -17,7 +17,7 @@ DTYPES = (
     "float32",
     pytest.param("float64", marks=pytest.mark.slow),
     pytest.param("complex64", marks=pytest.mark.slow),
-    "complex128",
+    pytest.param("complex128", marks=pytest.mark.slow),
 )
 
 

@@ -28,14 +28,6 @@ KINDS = {
 }
 
 
-@pytest.fixture
-def light_compilation():
-    """Compile without LLVM's expensive passes: a third of the time for programs that run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def matrix(kind, driver, shape, dtype):
     """A, rcond and the rank that lstsq decides."""
     rng = np.random.default_rng(1)
@@ -159,7 +151,7 @@ SMOOTH = [  # (driver, shape, dtype, in the default run)
     ("driver", "shape", "dtype"),
     [pytest.param(*case, marks=() if default else pytest.mark.slow) for *case, default in SMOOTH],
 )
-def test_every_kind(driver, shape, dtype, x64, light_compilation):
+def test_every_kind(driver, shape, dtype, x64):
     """Full rank, ties, a discarded 0.1, exact deficiency and zeros, perturbed in every direction."""
     shape, dtype = SHAPES[shape], np.dtype(dtype)
     for kind in KINDS:
@@ -178,7 +170,7 @@ def test_singular_values_at_ties(x64):
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5)], ids=["tall", "wide"])
 @pytest.mark.parametrize("driver", [*DRIVERS[:3], pytest.param("gelss", marks=pytest.mark.slow)])
-def test_right_hand_side_alone(driver, shape, x64, light_compilation):
+def test_right_hand_side_alone(driver, shape, x64):
     """The derivative in B with A constant is the pseudoinverse, truncated where the solution is."""
     rng = np.random.default_rng(8)
     A = problems.with_spectrum(rng, *shape, [1, 0.6, 0.1])
@@ -187,7 +179,7 @@ def test_right_hand_side_alone(driver, shape, x64, light_compilation):
     np.testing.assert_allclose(jacobian(np.ones(shape[0])), np.linalg.pinv(A, rcond=rcond), atol=1e-12)
 
 
-def test_rank_has_no_derivative(x64, light_compilation):
+def test_rank_has_no_derivative(x64):
     """A float0 tangent of rank passes through a user's own jvp, vmap and jit, and a second jvp."""
     A, B = np.eye(4, 3), np.ones((4, 1))
 
@@ -217,7 +209,7 @@ def test_rank_has_no_derivative(x64, light_compilation):
 
 
 @pytest.mark.parametrize("driver", ["gelsy", pytest.param("gelsd", marks=pytest.mark.slow)])
-def test_rcond_has_no_derivative(driver, x64, light_compilation):
+def test_rcond_has_no_derivative(driver, x64):
     """Silently zero, also under vmap over rcond and next to a derivative in A."""
     A = problems.with_spectrum(np.random.default_rng(2), 4, 3, [1, 0.6, 0.1])
     B = np.ones((4, 1))
@@ -237,7 +229,7 @@ def test_rcond_has_no_derivative(driver, x64, light_compilation):
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_neighbours_leave_gradients_alone(driver, x64, light_compilation):
+def test_neighbours_leave_gradients_alone(driver, x64):
     """NaN and Inf change no bit of the other elements' gradients; a truncated neighbour, rounding only.
 
     A truncated element sends the whole batch into the other branch, with the same arithmetic except
@@ -271,7 +263,7 @@ def test_neighbours_leave_gradients_alone(driver, x64, light_compilation):
         assert np.isnan(dirty[0][1]).any() != healthy
 
 
-def test_unbatched_derivatives_under_vmap(x64, light_compilation):
+def test_unbatched_derivatives_under_vmap(x64):
     """The Hessian of vmap next to a truncated element; every other nesting is in the sweep."""
     rng = np.random.default_rng(11)
     A = np.stack([problems.with_spectrum(rng, 4, 3, s) for s in ([1, 0.7, 0.5], [1, 0.6, 0.1])])

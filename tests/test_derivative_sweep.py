@@ -15,7 +15,6 @@ from test_derivative import (
     compiled,
     derivatives,
     inner,
-    light_compilation,  # noqa: F401
     matrix,
     moved,
     pair,
@@ -23,7 +22,7 @@ from test_derivative import (
 
 from jlstsq import lstsq
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("x64", "light_compilation")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("x64")]
 
 SHAPES = {"tall": (4, 3), "square": (3, 3), "wide": (3, 4)}
 ORDER_THREE = {

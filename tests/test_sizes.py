@@ -12,6 +12,8 @@ import scipy.linalg
 from jlstsq import lstsq
 
 DRIVERS = ("gels", "gelsy", "gelsd", "gelss")
+# A compiler's optimisations can go wrong at these sizes, and have.
+pytestmark = pytest.mark.optimised
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -40,7 +42,7 @@ def test_float32(driver, shape):
 @pytest.mark.parametrize("gradient", [False, True], ids=["value", "gradient"])
 def test_no_library_call_is_split_among_threads(driver, gradient):
     """Two batched LAPACK calls at once wait for each other for ever on two cores (jaxlib 0.10, 0.11)."""
-    A, B = jax.ShapeDtypeStruct((3000, 8, 3), np.float32), jax.ShapeDtypeStruct((3000, 8, 1), np.float32)
+    A, B = (jax.ShapeDtypeStruct((3000, 12, columns), np.float32) for columns in (10, 1))
 
     def fun(A, B):
         result = lstsq(A, B, driver=driver)
@@ -49,11 +51,16 @@ def test_no_library_call_is_split_among_threads(driver, gradient):
     text = jax.jit(jax.grad(fun) if gradient else fun).lower(A, B).compile().as_text()
     calls = [line for line in text.splitlines() if 'custom_call_target="lapack_' in line]
     assert calls
+    # jaxlib's own count of operations per matrix, which decides
+    count = {"geqrf": 2, "orgqr": 4, "trsm": 1, "potrf": 0.34, "gesdd": 10, "syevd": 10}
     for line in calls:
+        name = re.search(r'"lapack_s(\w+)_ffi"', line)
         first = re.search(r"\w+\[([\d,]+)\]", line)
+        assert name
         assert first
         *batch, rows, columns = map(int, first[1].split(","))
-        assert 40 * math.prod(batch) * rows * columns * min(rows, columns) < 200_000
+        if math.prod(batch) > 1:
+            assert count[name[1]] * math.prod(batch) * rows * columns * min(rows, columns) < 200_000
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
