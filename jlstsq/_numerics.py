@@ -81,6 +81,32 @@ def scale_by(a: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
     return a * first.astype(a.dtype) * second.astype(a.dtype)
 
 
+def _varying_axes(a: Any) -> frozenset:
+    """The mesh axes over which `a` varies, under the two names that JAX has had for them."""
+    kind = jax.typeof(a)
+    return kind.vma if hasattr(kind, "vma") else kind.mat.varying
+
+
+def varying(tree: Any, *data: Any) -> Any:
+    """`tree` as varying over the mesh axes over which `data` does, and `tree` itself.
+
+    Inside `shard_map` the constants that a loop starts with, and those that one branch of a cond
+    returns, must have the type of what data makes of them.
+    """
+    axes = {axis for a in jax.tree.leaves((tree, data)) for axis in _varying_axes(a)}
+
+    def cast(a):
+        missing = tuple(axes - _varying_axes(a))
+        return lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.tree.map(cast, tree) if axes else tree
+
+
+def cond(predicate: jax.Array, true: Callable, false: Callable, *data: Any) -> Any:
+    """`lax.cond` of functions without arguments, whose results may be constants inside `shard_map`."""
+    return lax.cond(predicate, lambda: varying(true(), data), lambda: varying(false(), data))
+
+
 def native_batch(
     fun: Callable,
     matrices: int,

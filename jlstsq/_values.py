@@ -9,11 +9,10 @@ from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from . import _fast as fast
 from ._decompose import solve_decided, svd
-from ._numerics import abs2, mm, native_batch, where_matrix
+from ._numerics import abs2, cond, mm, native_batch, where_matrix
 from ._reduce import project, triangle
 from ._scaling import good, safe_triangle, scale, unscale
 
@@ -83,7 +82,7 @@ def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arra
             jnp.where(attempt.solved[..., None], s, careful_s),
         )
 
-    return lax.cond(proven.all(), fast_answer, careful_answer)
+    return cond(proven.all(), fast_answer, careful_answer, t, rcond, b)
 
 
 @cache

@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from .. import _library as library
 from .._library import triangular_solve
-from .._numerics import identity_like, native_batch, where_matrix
+from .._numerics import cond, identity_like, native_batch, where_matrix
 from . import certificate, complete_orthogonal, svd
 from .kept import Kept
 
@@ -69,7 +68,7 @@ def solve_decided(
         kept = _truncate(driver, safe, rcond)
         return where_matrix(full, y, kept.solve(c, adjoint)), jnp.where(full, p, kept.rank)
 
-    y, rank = lax.cond(full.all(), lambda: (y, rank), truncated)
+    y, rank = cond(full.all(), lambda: (y, rank), truncated, r, rcond, c)
     return y, rank, usable
 
 
@@ -97,7 +96,7 @@ def decider(driver: str):
             kept = _truncate(driver, safe, rcond)
             return jax.tree.map(partial(_pick, full), whole, kept)
 
-        return *lax.cond(full.all(), lambda: whole, truncated), full, usable
+        return *cond(full.all(), lambda: whole, truncated, r, rcond), full, usable
 
     batched = native_batch(decide, 3, (False,) * 8)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._numerics import abs2, mm
+from .._numerics import abs2, mm, varying
 
 
 def _update(sest: jax.Array, alpha: jax.Array, gamma: jax.Array):
@@ -59,4 +59,4 @@ def estimate_rank(r: jax.Array, rcond: jax.Array) -> jax.Array:
 
     x = jnp.zeros((2, p), r.dtype).at[:, 0].set(1)
     state = (start.astype(int), start, jnp.stack([first, first]), x)
-    return lax.fori_loop(1, p, step, state)[0]
+    return lax.fori_loop(1, p, step, varying(state, r, rcond))[0]

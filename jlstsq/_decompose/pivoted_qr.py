@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._library import householder_product
-from .._numerics import H, abs2, mm
+from .._numerics import H, abs2, mm, varying
 
 _PANEL = 32
 
@@ -71,7 +71,9 @@ def _factor(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         norms = jnp.where(left, norms * jnp.sqrt(rest), norms)
 
         def recomputed():
-            fresh = jnp.sqrt(jnp.where(index[:, None] > j, abs2(a - mm(v, H(f))), 0).sum(0))
+            # A constant from outside has no varying axes, and batching a cond loses count (jax 0.10.2).
+            below = jnp.arange(p)[:, None] > j
+            fresh = jnp.sqrt(jnp.where(below, abs2(a - mm(v, H(f))), 0).sum(0))
             return jnp.where(left & lost, fresh, norms), jnp.where(left & lost, fresh, exact_norms)
 
         norms, exact_norms = lax.cond((left & lost).any(), recomputed, lambda: (norms, exact_norms))
@@ -82,10 +84,10 @@ def _factor(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         a, *rest = state
         empty = jnp.zeros((p, width), a.dtype)
         start = (first, a, empty, empty, *rest)
-        _, a, v, f, *rest = lax.fori_loop(0, jnp.minimum(width, p - first), step, start)
+        _, a, v, f, *rest = lax.fori_loop(0, jnp.minimum(width, p - first), step, varying(start))
         return (a - mm(v, H(f)), *rest)
 
     norms = jnp.sqrt(abs2(a).sum(0))
     state = (a, jnp.zeros_like(a), jnp.zeros(p, a.dtype), index, norms, norms)
-    _, out, taus, perm, _, _ = lax.fori_loop(0, -(-p // width), panel, state)
+    _, out, taus, perm, _, _ = lax.fori_loop(0, -(-p // width), panel, varying(state))
     return out[:, perm], taus, perm

@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from .._decompose import certificate, svd
-from .._numerics import largest_entry
+from .._numerics import cond, largest_entry
 from .._reduce import cholesky, lanes
 from . import seminormal
 
@@ -55,8 +54,8 @@ def _in_range(t: jax.Array, b: jax.Array, squares: jax.Array) -> tuple[jax.Array
     b_in_range = (b_largest == 0) | ((b_largest > low**0.5) & (b_largest < high**0.5))
     in_range = ((squares > low) & (squares < high)).all(-1) & b_in_range.all(-1)
     finite = jnp.isfinite(squares).all(-1)
-    t_finite = lax.cond(
-        finite.all(), lambda: jnp.ones_like(finite), lambda: finite | largest_entry(t, (-2, -1))[1]
+    t_finite = cond(
+        finite.all(), lambda: jnp.ones_like(finite), lambda: finite | largest_entry(t, (-2, -1))[1], t
     )
     return in_range, t_finite, b_finite
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._numerics import H, abs2, mm
+from .._numerics import H, abs2, mm, varying
 from .._reduce.cholesky import Gram
 
 _CORRECTIONS = 4
@@ -55,7 +55,7 @@ def solve(t: jax.Array, gram: Gram, b: jax.Array) -> tuple[jax.Array, jax.Array,
         return count + 1, y, r, done
 
     start = ~gram.accepted[..., None] & jnp.ones(b.shape[-1], bool)
-    _, y, r, done = lax.while_loop(going, correct, (0, y, r, start))
+    _, y, r, done = lax.while_loop(going, correct, varying((0, y, r, start)))
     return y, abs2(r).sum(-2), done
 
 
@@ -79,5 +79,5 @@ def solve_adjoint(t: jax.Array, gram: Gram, b: jax.Array) -> tuple[jax.Array, ja
         return count + 1, x, done
 
     start = ~gram.accepted[..., None] & jnp.ones(b.shape[-1], bool)
-    _, x, done = lax.while_loop(going, correct, (0, x, start))
+    _, x, done = lax.while_loop(going, correct, varying((0, x, start)))
     return x, done

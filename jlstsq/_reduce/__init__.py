@@ -5,9 +5,8 @@ This module chooses how: by products where T is very tall and they are proven st
 """
 
 import jax
-from jax import lax
 
-from .._numerics import native_batch, where_matrix
+from .._numerics import cond, native_batch, where_matrix
 from . import cholesky, householder, lanes, sketch
 
 
@@ -19,7 +18,7 @@ def project(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array
     if not sketch.worthwhile(t.shape):
         return by_householder(t, b)
     z = sketch.precondition(t)
-    return lax.cond(z.accepted, lambda: sketch.project(z, b), lambda: by_householder(t, b))
+    return cond(z.accepted, lambda: sketch.project(z, b), lambda: by_householder(t, b), t, b)
 
 
 def triangle(t: jax.Array) -> jax.Array:
@@ -27,14 +26,14 @@ def triangle(t: jax.Array) -> jax.Array:
     if not sketch.worthwhile(t.shape):
         return householder.triangle(t)
     z = sketch.precondition(t)
-    return lax.cond(z.accepted, lambda: z.r, lambda: householder.triangle(t))
+    return cond(z.accepted, lambda: z.r, lambda: householder.triangle(t), t)
 
 
 def _by_library(t: jax.Array) -> tuple[jax.Array, jax.Array]:
     if not sketch.worthwhile(t.shape):
         return householder.orthonormal(t)
     z = sketch.precondition(t)
-    return lax.cond(z.accepted, lambda: sketch.orthonormal(z), lambda: householder.orthonormal(t))
+    return cond(z.accepted, lambda: sketch.orthonormal(z), lambda: householder.orthonormal(t), t)
 
 
 def _orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -49,7 +48,7 @@ def _orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
         other_q, other_r = _by_library(t)
         return where_matrix(gram.accepted, q, other_q), where_matrix(gram.accepted, r, other_r)
 
-    return lax.cond(gram.accepted.all(), lambda: (q, r), otherwise)
+    return cond(gram.accepted.all(), lambda: (q, r), otherwise, t)
 
 
 _batched_orthonormal = native_batch(_orthonormal, 1, (False, False))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._library import cholesky, inverse
-from .._numerics import H, abs2, identity_like, mm, norm2_bound, where_matrix
+from .._numerics import H, abs2, cond, identity_like, mm, norm2_bound, varying, where_matrix
 
 _CONTRACTION = 0.1
 # Products sum in blocks of at most about this many terms, then over the blocks.
@@ -81,7 +81,7 @@ def product(t: jax.Array, rows_apart: bool = False) -> jax.Array:
         whole = m // _ROWS * _ROWS
         total, _ = lax.scan(
             lambda total, rows: (total + stored(rows), None),
-            jnp.zeros((p, p), t.dtype),
+            varying(jnp.zeros((p, p), t.dtype), t),
             t[:whole].reshape(-1, _ROWS, p),
         )
         return total + mm(H(t[whole:]), t[whole:])
@@ -150,7 +150,7 @@ def triangle(t: jax.Array, gram: Gram) -> jax.Array:
     def second():
         return mm(H(cholesky(product(_nearly_orthonormal(t, gram)))), gram.triangle)
 
-    return lax.cond(_harmful(gram), second, lambda: gram.triangle)
+    return cond(_harmful(gram), second, lambda: gram.triangle, t)
 
 
 def orthonormal(t: jax.Array, gram: Gram) -> tuple[jax.Array, jax.Array]:

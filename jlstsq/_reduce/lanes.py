@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._numerics import abs2
+from .._numerics import abs2, varying
 
 # A block stays in the cache, and small: XLA on CPU (jax 0.10.2) gives wrong numbers for a fused
 # product and sum over 8192 float32 lanes or more.
@@ -43,9 +43,9 @@ class Lanes(NamedTuple):
     converged: jax.Array  # (N,) bool, of the singular values
 
 
-def _loop(count: int, body: Callable, start: Any) -> Any:
+def _loop(count: int, body: Callable, start: Any, *data: Any) -> Any:
     """A loop over columns: unrolled, where that is little code to compile."""
-    return lax.fori_loop(0, count, body, start, unroll=count <= _UNROLLED)
+    return lax.fori_loop(0, count, body, varying(start, *data), unroll=count <= _UNROLLED)
 
 
 def _reflect(j: Any, w: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ def _substitute(r: jax.Array, c: jax.Array) -> jax.Array:
         i = p - 1 - step
         return x.at[i].set((c[i] - (r[i][:, None] * x).sum(0)) / r[i, i])
 
-    return _loop(p, row, jnp.zeros_like(c))
+    return _loop(p, row, jnp.zeros_like(c), r, c)
 
 
 def _substitute_adjoint(r: jax.Array, c: jax.Array) -> jax.Array:
@@ -95,7 +95,7 @@ def _substitute_adjoint(r: jax.Array, c: jax.Array) -> jax.Array:
     def row(i, x):
         return x.at[i].set((c[i] - (r[:, i].conj()[:, None] * x).sum(0)) / r[i, i].conj())
 
-    return _loop(r.shape[0], row, jnp.zeros_like(c))
+    return _loop(r.shape[0], row, jnp.zeros_like(c), r, c)
 
 
 def _rotate(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -139,7 +139,7 @@ def _singular_values(a: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (count < _SWEEPS) & (largest > small).any()
 
     start = (0, jnp.swapaxes(a, 0, 1), jnp.full(lanes, jnp.inf, a.real.dtype))
-    _, columns, largest = lax.while_loop(going, sweep, start)
+    _, columns, largest = lax.while_loop(going, sweep, varying(start))
     return -jnp.sort(-jnp.sqrt(abs2(columns).sum(1)), axis=0), ~(largest > small)
 
 

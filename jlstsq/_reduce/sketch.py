@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._library import cholesky, qr, triangle, triangular_solve
-from .._numerics import H, abs2, identity_like, mm, norm2_bound, where_matrix
+from .._numerics import H, abs2, identity_like, mm, norm2_bound, varying, where_matrix
 
 _ROWS = 4  # of the sketch, per column of T
 # Accepted condition number of Z: about 3 is expected, and the bound is p^(1/4) too large.
@@ -65,7 +65,7 @@ def _sketch(t: jax.Array) -> jax.Array:
         return total + rows * lax.dynamic_slice(signs, (i * d,), (d,))[:, None]
 
     whole = m // d
-    total = lax.fori_loop(0, whole, add, jnp.zeros((d, p), t.dtype))
+    total = lax.fori_loop(0, whole, add, varying(jnp.zeros((d, p), t.dtype), t))
     left = m - whole * d
     return total.at[:left].add(t[whole * d :] * signs[whole * d :, None])
 
