@@ -21,7 +21,7 @@ def problem(rng, m, p, kappa, dtype, noise=0.1):
     return A, b.astype(dtype)
 
 
-@pytest.mark.parametrize("shape", [(400, 20), (60, 3), (50, 50)], ids=str)
+@pytest.mark.parametrize("shape", [(400, 20), (20, 3), (7, 1), (50, 50)], ids=str)
 def test_accepted_solutions_are_right(shape, precision):
     """Over a sweep of condition numbers: where the fast path says solved, Wedin's bound holds."""
     dtype = np.float64 if precision else np.float32
@@ -46,7 +46,7 @@ def test_accepted_solutions_are_right(shape, precision):
         assert result.condition[i] * 1.001 >= kappa * (1 - 1e3 * eps * kappa)
 
 
-@pytest.mark.parametrize("shape", [(400, 20), (20, 400), (60, 3), (3, 60)], ids=str)
+@pytest.mark.parametrize("shape", [(400, 20), (20, 400), (20, 3), (3, 20), (7, 1), (1, 7)], ids=str)
 def test_singular_values_are_backward_stable(shape, precision):
     """Also those of the second pass over the data, at every condition number."""
     dtype = np.float64 if precision else np.float32

@@ -118,6 +118,8 @@ def _rotate(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array
 def _singular_values(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Those of the columns of a (p, p, lanes), decreasing, by one-sided Jacobi; whether it converged."""
     p, lanes = a.shape[0], a.shape[-1]
+    if p == 1:
+        return abs(a[0]), jnp.ones(lanes, bool)
     # The test sees the angles before the sweep; quadratic convergence squares them.
     small = 0.1 * float(jnp.finfo(a.dtype).eps) ** 0.5
     i, j = (jnp.array(x) for x in np.triu_indices(p, 1))
