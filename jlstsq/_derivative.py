@@ -355,7 +355,13 @@ def core_factors(
         diagonal = jnp.sqrt(jnp.maximum(ridge, 0))[..., None, None].astype(r.dtype) * identity_like(r)
         core = jnp.concatenate(jnp.broadcast_arrays(core, diagonal), axis=-2)
     q, small = qr(core)
-    left = mm(outer, q[..., : r.shape[-1], :])
+    q1 = q[..., : r.shape[-1], :]
+    if ridge is not None:
+        # Under a dominating ridge q1 is small, and the error of q is not: core R^-1 is accurate there.
+        core = core[..., : r.shape[-1], :]
+        exact = H(triangular_solve(small, H(core), adjoint=True))
+        q1 = where_matrix(ridge > abs2(core).sum((-2, -1)), exact, q1)
+    left = mm(outer, q1)
     if wide or ridge is not None:
         return left, small
     # An element of full rank keeps its R to the bit.

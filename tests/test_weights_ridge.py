@@ -301,3 +301,16 @@ def test_gradient_at_zero(driver, shape, x64):
     ]:
         one_sided = (-3 * value + 4 * both(*move(h))[0] - both(*move(2 * h))[0]) / (2 * h)
         np.testing.assert_allclose(slope, one_sided, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("ridge", [1e-12, 1.0, 1e6])
+def test_every_size_of_ridge_is_accurate(ridge, x64):
+    """Within 100 eps times the condition number of [A; sqrt(ridge) I] of the filter, relative to x."""
+    rng = np.random.default_rng(11)
+    A = problems.with_spectrum(rng, 30, 6, np.logspace(0, -4, 6))
+    b = rng.standard_normal(30)
+    u, s, vh = np.linalg.svd(A, full_matrices=False)
+    x = vh.T @ (s / (s**2 + ridge) * (u.T @ b))
+    condition = np.sqrt((s[0] ** 2 + ridge) / (s[-1] ** 2 + ridge))
+    error = np.linalg.norm(lstsq(A, b, ridge=ridge).solution - x)
+    assert error <= 100 * np.finfo(float).eps * condition * np.linalg.norm(x)
