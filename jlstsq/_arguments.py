@@ -74,12 +74,34 @@ def check_right_hand_side(a_shape: tuple, b: jax.Array, vector: bool, name: str 
         )
         raise ValueError(f"{same}: {what} of A is {m}, of {name} is {rows} (shapes {a_shape} and {b.shape}).")
     batch_b = b.shape[:-1] if vector else b.shape[:-2]
+    return _broadcast_batch(a_shape[:-2], batch_b, name)
+
+
+def _broadcast_batch(batch_a: tuple, batch: tuple, name: str) -> tuple:
+    """The common batch shape of A and of what is called `name`."""
     try:
-        return jnp.broadcast_shapes(a_shape[:-2], batch_b)
+        return jnp.broadcast_shapes(batch_a, batch)
     except ValueError as error:
         raise ValueError(
-            f"the batch dimensions of A and {name} must broadcast: {a_shape[:-2]} of A, {batch_b} of {name}."
+            f"the batch dimensions of A and {name} must broadcast: {batch_a} of A, {batch} of {name}."
         ) from error
+
+
+def _per_matrix(value: Any, name: str, batch: tuple, of: str, dtype: Any) -> jax.Array:
+    """A real number, or one for each matrix, as an array (*batch,) of a real dtype."""
+    if isinstance(value, (str, bytes, list, tuple)) or jnp.iscomplexobj(value):
+        raise TypeError(f"{name} must be a real number or array, got {type(value).__name__} {value!r}.")
+    value = jnp.asarray(value).astype(dtype)
+    try:
+        fits = jnp.broadcast_shapes(value.shape, batch) == batch
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name} must broadcast to the batch dimensions of {of}: "
+            f"{value.shape} of {name}, {batch} of {of}."
+        )
+    return jnp.broadcast_to(value, batch)
 
 
 def resolve_rcond(rcond: Any, shape: tuple, dtype: Any) -> jax.Array:
@@ -91,18 +113,8 @@ def resolve_rcond(rcond: Any, shape: tuple, dtype: Any) -> jax.Array:
         # Beyond 1 / eps rows the product would call every matrix zero; xGELSD treats such values as eps.
         default = eps * max(m, n)
         return jnp.full(batch, default if default < 1 else eps, real)
-    if isinstance(rcond, (str, bytes, list, tuple)) or jnp.iscomplexobj(rcond):
-        raise TypeError(f"rcond must be a real number or array, got {type(rcond).__name__} {rcond!r}.")
-    value = jax.lax.stop_gradient(jnp.asarray(rcond)).astype(real)
-    try:
-        fits = jnp.broadcast_shapes(value.shape, tuple(batch)) == tuple(batch)
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"rcond must broadcast to the batch dimensions of A: {value.shape} of rcond, {tuple(batch)} of A."
-        )
-    return jnp.broadcast_to(jnp.where(value < 0, eps, value), batch)
+    value = jax.lax.stop_gradient(_per_matrix(rcond, "rcond", tuple(batch), "A", real))
+    return jnp.where(value < 0, eps, value)
 
 
 def fold(b: jax.Array, batch_a: tuple, batch: tuple) -> tuple[jax.Array, list[int]]:
@@ -146,13 +158,7 @@ def check_weights(weights: Any, shape: tuple, dtype: Any) -> jax.Array | None:
             f"weights must have shape (*batch, m), one for each row of A: m of A is {shape[-2]}, "
             f"the shape of weights is {weights.shape}."
         )
-    try:
-        jnp.broadcast_shapes(shape[:-2], weights.shape[:-1])
-    except ValueError as error:
-        raise ValueError(
-            f"the batch dimensions of A and weights must broadcast: "
-            f"{shape[:-2]} of A, {weights.shape[:-1]} of weights."
-        ) from error
+    _broadcast_batch(shape[:-2], weights.shape[:-1], "weights")
     return weights.astype(real_dtype(dtype))
 
 
@@ -160,16 +166,4 @@ def check_ridge(ridge: Any, batch: tuple, dtype: Any) -> jax.Array | None:
     """The ridge of each matrix, shape (*batch,), in the real dtype that is computed in."""
     if ridge is None:
         return None
-    if isinstance(ridge, (str, bytes, list, tuple)) or jnp.iscomplexobj(ridge):
-        raise TypeError(f"ridge must be a real number or array, got {type(ridge).__name__} {ridge!r}.")
-    ridge = jnp.asarray(ridge).astype(real_dtype(dtype))
-    try:
-        fits = jnp.broadcast_shapes(ridge.shape, batch) == batch
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"ridge must broadcast to the batch dimensions of A and weights: "
-            f"{ridge.shape} of ridge, {batch} of A and weights."
-        )
-    return jnp.broadcast_to(ridge, batch)
+    return _per_matrix(ridge, "ridge", batch, "A and weights", real_dtype(dtype))

@@ -109,11 +109,11 @@ def lstsq(
     x = arguments.unfold(x, batch_a, batch, folded, k).astype(dtypes.result)
     real = jnp.finfo(dtypes.result).dtype
     none = jnp.zeros((0,), real)
-    if m > n:
+    if m > n and rho is not None:
         rho = arguments.unfold(rho, batch_a, batch, folded, k).astype(real)
     return LstsqResult(
         solution=x[..., 0] if vector else x,
-        residuals=rho if m > n else none,
+        residuals=rho if m > n and rho is not None else none,
         rank=jnp.zeros((0,), int) if driver == "gels" else rank,
         singular_values=s.astype(real) if driver in ("gelsd", "gelss") else none,
     )
@@ -127,8 +127,10 @@ def _differentiable(driver: str, wide: bool, t: jax.Array, b: jax.Array, rcond: 
     decision = decider(driver)(r, rcond, scaled.t_finite)
     factors = derivative.Factors(t, q, r, decision)
     x, rho = derivative.solve(driver, factors, b, adjoint=wide)
-    u, s, v = svd.factors(safe_triangle(scaled, r), driver)
-    _, s, _ = derivative.singular_triplets(t, mm(q, u), s, v)
+    s = jnp.zeros(r.shape[:-1], scaled.t_size[0].dtype)
+    if driver in ("gelsd", "gelss"):
+        u, s, v = svd.factors(safe_triangle(scaled, r), driver)
+        _, s, _ = derivative.singular_triplets(t, mm(q, u), s, v)
     solved = good(driver, scaled, rcond, decision.usable)
     return unscale(scaled, x, rho, decision.kept.rank, s, solved)
 
@@ -140,25 +142,12 @@ def _solve_empty(wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):
     return x, rho, jnp.zeros(t.shape[:-2], int), jnp.zeros((*t.shape[:-2], t.shape[-1]), rho.dtype)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _solve(driver: str, wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):
     """T^+ b (tall) or T^+H b (wide) for T (*batch, m, p), b (*batch, m or p, k), rcond (*batch)."""
-    x, rho, rank, s = values(driver, wide)(t, rcond, b)
-    return x, None if wide else rho, rank, s
 
+    @derivative.differentiated_as(partial(_differentiable, driver, wide))
+    def solve(t, b, rcond):
+        x, rho, rank, s = values(driver, wide)(t, rcond, b)
+        return x, None if wide else rho, rank, s
 
-def _solve_rule(driver, wide, primals, tangents):
-    """Differentiate the differentiable form, in the arguments that do move."""
-    *tb, rcond = primals
-    moving = [i for i in (0, 1) if not isinstance(tangents[i], jax.custom_derivatives.SymbolicZero)]
-
-    def fun(*arguments):
-        full = list(tb)
-        for i, argument in zip(moving, arguments, strict=True):
-            full[i] = argument
-        return _differentiable(driver, wide, full[0], full[1], lax.stop_gradient(rcond))
-
-    return jax.jvp(fun, [tb[i] for i in moving], [tangents[i] for i in moving])
-
-
-_solve.defjvp(_solve_rule, symbolic_zeros=True)
+    return solve(t, b, rcond)

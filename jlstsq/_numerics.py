@@ -23,6 +23,30 @@ def abs2(a: jax.Array) -> jax.Array:
     return a.real**2 + a.imag**2 if jnp.iscomplexobj(a) else a**2
 
 
+def reflector(x: jax.Array, j: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """v, tau, beta with (I - conj(tau) v v^H) x = beta e_j for the entries from j on (xLARFG).
+
+    Of the columns x (m, ...), which lie in the first axis.
+    """
+    rows = jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
+    alpha = x[j]
+    below = jnp.where(rows > j, x, 0)
+    tail = abs2(below).sum(0)
+    norm = jnp.sqrt(abs2(alpha) + tail)
+    beta = jnp.where(alpha.real > 0, -norm, norm).astype(x.dtype)
+    # Nothing to reflect: H_j = I, as in LAPACK. A complex pivot is still made real.
+    trivial = (tail == 0) & (alpha.imag == 0) if jnp.iscomplexobj(x) else tail == 0
+    tau = jnp.where(trivial, 0, (beta - alpha) / jnp.where(trivial, 1, beta))
+    pivot = jnp.where(trivial, 1, alpha - beta)
+    v = jnp.where(rows == j, 1, below / pivot)
+    return v, tau, jnp.where(trivial, alpha, beta)
+
+
+def frobenius(a: jax.Array) -> jax.Array:
+    """||A||_F."""
+    return jnp.sqrt(abs2(a).sum((-2, -1)))
+
+
 def norm2_bound(a: jax.Array) -> jax.Array:
     """An upper bound of ||A||_2: ||(A^H A)^2||_F^(1/4), at most p^(1/8) too large.
 

@@ -7,7 +7,7 @@ each other to working precision. Both take R^-1, which is at hand.
 import jax
 import jax.numpy as jnp
 
-from .._numerics import abs2, norm2_bound
+from .._numerics import abs2, frobenius, norm2_bound
 
 # Rounding in R^-1 is kappa(R) eps relative, at most about 1/max(m, n) where the certificate can fire
 # at the default rcond; the margin covers it.
@@ -18,7 +18,7 @@ def condition(r: jax.Array, inverse: jax.Array) -> jax.Array:
     """An upper bound of ||R|| ||R^-1||: sharp where that is cheap, or where eps leaves no room."""
     if r.shape[-1] <= 64 or jnp.finfo(r.dtype).bits == 32:
         return norm2_bound(r) * norm2_bound(inverse)
-    return jnp.sqrt(abs2(r).sum((-2, -1))) * jnp.sqrt(abs2(inverse).sum((-2, -1)))
+    return frobenius(r) * frobenius(inverse)
 
 
 def full_rank(condition: jax.Array, rcond: jax.Array) -> jax.Array:

@@ -15,26 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._library import householder_product
-from .._numerics import H, abs2, mm, varying
+from .._numerics import H, abs2, mm, reflector, varying
 
 _PANEL = 32
-
-
-def _reflector(x: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """v, tau, beta with (I - conj(tau) v v^H) x = beta e_j for the entries from j on (xLARFG)."""
-    rows = jnp.arange(x.shape[0])
-    alpha = x[j]
-    below = jnp.where(rows > j, x, 0)
-    tail = abs2(below).sum()
-    norm = jnp.sqrt(abs2(alpha) + tail)
-    beta = jnp.where(alpha.real > 0, -norm, norm)
-    # Nothing to reflect: H_j = I, as in LAPACK. A complex pivot is still made real.
-    trivial = (tail == 0) & (alpha.imag == 0 if jnp.iscomplexobj(x) else True)
-    safe_beta = jnp.where(trivial | (norm == 0), 1, beta).astype(x.dtype)
-    tau = jnp.where(trivial, 0, (safe_beta - alpha) / safe_beta)
-    pivot = jnp.where(trivial, 1, alpha - safe_beta)
-    v = jnp.where(rows == j, 1, below / pivot)
-    return v, tau, jnp.where(trivial, alpha, beta.astype(x.dtype))
 
 
 def pivoted_qr(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -55,7 +38,7 @@ def _factor(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         j = first + k
         pivot = jnp.argmax(norms)
         x = a[:, pivot] - mm(v, f[pivot].conj())
-        vj, tau, beta = _reflector(x, j)
+        vj, tau, beta = reflector(x, j)
         out = out.at[:, pivot].set(jnp.where(index > j, vj, jnp.where(index == j, beta, x)))
         row = mm(vj.conj(), a) - mm(mm(vj.conj(), v), H(f))
         v = v.at[:, k].set(vj)

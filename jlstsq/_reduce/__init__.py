@@ -4,6 +4,9 @@
 This module chooses how: by products where T is very tall and they are proven stable, else Householder.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 
 from .._numerics import cond, native_batch, where_matrix
@@ -15,37 +18,37 @@ def project(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array
     # Each right-hand side that rides along in QR of [T, b] costs as much as a column of T;
     # beyond about p of them forming Q once is cheaper.
     by_householder = householder.reduce_augmented if b.shape[-1] <= t.shape[-1] else householder.reduce_apply
-    if not sketch.worthwhile(t.shape):
-        return by_householder(t, b)
-    z = sketch.precondition(t)
-    return cond(z.accepted, lambda: sketch.project(z, b), lambda: by_householder(t, b), t, b)
+    return _by_sketch(t, lambda z: sketch.project(z, b), lambda: by_householder(t, b), b)
 
 
 def triangle(t: jax.Array) -> jax.Array:
     """R of T = Q R."""
-    if not sketch.worthwhile(t.shape):
-        return householder.triangle(t)
-    z = sketch.precondition(t)
-    return cond(z.accepted, lambda: z.r, lambda: householder.triangle(t), t)
+    return _by_sketch(t, lambda z: z.r, lambda: householder.triangle(t))
 
 
-def _by_library(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _by_sketch(t: jax.Array, by_products: Callable, by_householder: Callable, *data: jax.Array) -> Any:
+    """`by_products` of the preconditioned T where that is worth a try and accepted, else the other."""
     if not sketch.worthwhile(t.shape):
-        return householder.orthonormal(t)
+        return by_householder()
     z = sketch.precondition(t)
-    return cond(z.accepted, lambda: sketch.orthonormal(z), lambda: householder.orthonormal(t), t)
+    return cond(z.accepted, lambda: by_products(z), by_householder, t, *data)
+
+
+def _factors(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Q and R of a T of any condition number."""
+    return _by_sketch(t, sketch.orthonormal, lambda: householder.orthonormal(t))
 
 
 def _orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
     if lanes.worthwhile(t.shape):
         return lanes.orthonormal(t)
     if not cholesky.worthwhile(t.shape, t.dtype):
-        return _by_library(t)
+        return _factors(t)
     gram = cholesky.factor(t)
     q, r = cholesky.orthonormal(t, gram)
 
     def otherwise():
-        other_q, other_r = _by_library(t)
+        other_q, other_r = _factors(t)
         return where_matrix(gram.accepted, q, other_q), where_matrix(gram.accepted, r, other_r)
 
     return cond(gram.accepted.all(), lambda: (q, r), otherwise, t)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._library import cholesky, inverse
-from .._numerics import H, abs2, cond, identity_like, mm, norm2_bound, varying, where_matrix
+from .._numerics import H, cond, frobenius, identity_like, mm, norm2_bound, varying, where_matrix
 
 _CONTRACTION = 0.1
 # Products sum in blocks of at most about this many terms, then over the blocks.
@@ -109,13 +109,13 @@ def factor(t: jax.Array, rows_apart: bool = False) -> Gram:
     x = inverse(r)
     # The sharper bound costs two products of triangles; float32 has no room for the other.
     sharp = (t.ndim == 2 and m >= 8 * p) or jnp.finfo(t.dtype).bits == 32
-    inverse_norm = norm2_bound(x) if sharp else jnp.sqrt(abs2(x).sum((-2, -1)))
+    inverse_norm = norm2_bound(x) if sharp else frobenius(x)
     contraction = _rounding(m, p, squares.dtype) * inverse_norm**2
     accepted = definite & (contraction <= _CONTRACTION)
     x = d[..., :, None].astype(x.dtype) * x
     # ||T|| is at most its Frobenius norm, ||D R^-1|| at most its own and ||D|| ||R^-1||.
     size = jnp.sqrt(squares.sum(-1))
-    inverse_size = jnp.minimum(d.max(-1) * inverse_norm, jnp.sqrt(abs2(x).sum((-2, -1))))
+    inverse_size = jnp.minimum(d.max(-1) * inverse_norm, frobenius(x))
     return Gram(
         inverse=x,
         triangle=r / d[..., None, :].astype(r.dtype),

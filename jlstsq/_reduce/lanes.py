@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._numerics import abs2, varying
+from .._numerics import abs2, reflector, varying
 
 # A block stays in the cache, and small: XLA on CPU (jax 0.10.2) gives wrong numbers for a fused
 # product and sum over 8192 float32 lanes or more.
@@ -52,19 +52,11 @@ def _reflect(j: Any, w: jax.Array) -> jax.Array:
     """One Householder step on w (m, columns, lanes): column j becomes beta e_j from row j on."""
     rows = jnp.arange(w.shape[0])[:, None]
     columns = jnp.arange(w.shape[1])[:, None]
-    x, alpha = w[:, j], w[j, j]
-    below = jnp.where(rows > j, x, 0)
-    tail = abs2(below).sum(0)
-    norm = jnp.sqrt(abs2(alpha) + tail)
-    # Nothing to reflect: H = I, as in LAPACK. A complex pivot is still made real.
-    trivial = (tail == 0) & (alpha.imag == 0) if jnp.iscomplexobj(w) else tail == 0
-    beta = jnp.where(alpha.real > 0, -norm, norm).astype(alpha.dtype)
-    pivot = jnp.where(trivial, 1, alpha - beta)
-    tau = jnp.where(trivial, 0, (beta - alpha) / jnp.where(trivial, 1, beta))
-    v = jnp.where(rows == j, 1, below / pivot)
+    x = w[:, j]
+    v, tau, beta = reflector(x, j)
     row = jnp.where(columns > j, (v.conj()[:, None] * w).sum(0), 0)
     w = w - v[:, None] * (jnp.conj(tau) * row)
-    column = jnp.where(rows == j, jnp.where(trivial, alpha, beta), jnp.where(rows < j, x, 0))
+    column = jnp.where(rows == j, beta, jnp.where(rows < j, x, 0))
     return w.at[:, j].set(column)
 
 
@@ -78,24 +70,16 @@ def _factor(t: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.moveaxis(w[:p, p:], (0, 1, 2), (2, 1, 0)).conj(), jnp.moveaxis(w[:p, :p], -1, 0)
 
 
-def _substitute(r: jax.Array, c: jax.Array) -> jax.Array:
-    """R^-1 c for the upper triangles r (p, p, lanes) and c (p, k, lanes)."""
+def _substitute(r: jax.Array, c: jax.Array, adjoint: bool = False) -> jax.Array:
+    """R^-1 c, or R^-H c, for the upper triangles r (p, p, lanes) and c (p, k, lanes)."""
     p = r.shape[0]
+    a = jnp.swapaxes(r, 0, 1).conj() if adjoint else r
 
     def row(step, x):
-        i = p - 1 - step
-        return x.at[i].set((c[i] - (r[i][:, None] * x).sum(0)) / r[i, i])
+        i = step if adjoint else p - 1 - step
+        return x.at[i].set((c[i] - (a[i][:, None] * x).sum(0)) / a[i, i])
 
     return _loop(p, row, jnp.zeros_like(c), r, c)
-
-
-def _substitute_adjoint(r: jax.Array, c: jax.Array) -> jax.Array:
-    """R^-H c."""
-
-    def row(i, x):
-        return x.at[i].set((c[i] - (r[:, i].conj()[:, None] * x).sum(0)) / r[i, i].conj())
-
-    return _loop(r.shape[0], row, jnp.zeros_like(c), r, c)
 
 
 def _rotate(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -157,7 +141,7 @@ def _block(adjoint: bool, spectrum: bool, t: jax.Array, b: jax.Array) -> Lanes:
     squares = abs2(r).sum(0)
     columns = jnp.sqrt(squares)
     if adjoint:
-        y = _substitute(r, _substitute_adjoint(r, b))
+        y = _substitute(r, _substitute(r, b, adjoint=True))
         x = (t[:, :, None] * y).sum(1)
         rho = jnp.zeros(b.shape[1:], squares.dtype)
     else:

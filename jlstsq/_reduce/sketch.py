@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._library import cholesky, qr, triangle, triangular_solve
+from .._library import cholesky, inverse, qr, triangle, triangular_solve
 from .._numerics import H, abs2, identity_like, mm, norm2_bound, varying, where_matrix
+from .cholesky import product
 
 _ROWS = 4  # of the sketch, per column of T
 # Accepted condition number of Z: about 3 is expected, and the bound is p^(1/4) too large.
@@ -35,6 +36,7 @@ class Preconditioned(NamedTuple):
 
     z: jax.Array  # (m, p)
     r2: jax.Array  # (p, p)
+    r2_inverse: jax.Array  # (p, p)
     u: jax.Array  # (p, p), unitary: R2 R1 P^H = U R, so Q = Z R2^-1 U
     r: jax.Array  # (p, p)
     accepted: jax.Array  # () bool
@@ -82,17 +84,18 @@ def precondition(t: jax.Array) -> Preconditioned:
     r1 = triangle(small[:, perm])
     regular = finite & (jnp.diagonal(r1) != 0).all()
     r1 = where_matrix(regular, r1, eye)
-    inverse = triangular_solve(r1, eye)
-    growth = mm(abs(inverse), abs(r1)).sum(-1).max()
+    r1_inverse = inverse(r1)
+    growth = mm(abs(r1_inverse), abs(r1)).sum(-1).max()
     order = jnp.argsort(perm)
-    z = mm(t, inverse[order])
-    r2 = H(cholesky(mm(H(z), z)))
+    z = mm(t, r1_inverse[order])
+    r2 = H(cholesky(product(z)))
     definite = jnp.isfinite(r2).all()
     r2 = where_matrix(definite, r2, eye)
-    condition = norm2_bound(r2) * norm2_bound(triangular_solve(r2, eye))
+    r2_inverse = inverse(r2)
+    condition = norm2_bound(r2) * norm2_bound(r2_inverse)
     u, r = qr(mm(r2, r1)[:, order])
     accepted = regular & definite & (condition <= _LARGEST) & (growth <= _GROWTH * p)
-    return Preconditioned(z, r2, u, r, accepted)
+    return Preconditioned(z, r2, r2_inverse, u, r, accepted)
 
 
 def project(f: Preconditioned, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -107,5 +110,4 @@ def project(f: Preconditioned, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.
 
 def orthonormal(f: Preconditioned) -> tuple[jax.Array, jax.Array]:
     """Q and R."""
-    inverse = triangular_solve(f.r2, identity_like(f.r2))
-    return mm(f.z, mm(inverse, f.u)), f.r
+    return mm(f.z, mm(f.r2_inverse, f.u)), f.r
