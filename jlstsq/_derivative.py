@@ -65,19 +65,28 @@ differentiates the equations, to any order and in any mode.
    last term of V' is zero where V is square, that of U' where U is. With weights U stands for
    W^(1/2) U = W T V S^-1, and E has 1/2 S^-1 (T V)^H W' T V added.
 
+The system of 1 is solved with the factors, or by products with T and the Cholesky factor of its Gram
+matrix, where a bound proves that its corrections converge (`_fast.seminormal`); the equations that are
+differentiated are the same.
+
 Without weights and ridge everything is stated for the tall T; a wide A is T^H, its problem the adjoint.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._autodiff import switch
 from ._decompose import Decision
+from ._fast import seminormal
 from ._library import eigh, qr, triangular_solve
-from ._numerics import H, abs2, any_of, identity_like, mm, where_matrix
+from ._numerics import H, abs2, any_of, identity_like, mm, pick, where_matrix
+from ._reduce import scaled
+from ._reduce.cholesky import Gram
 
 
 class Factors(NamedTuple):
@@ -94,6 +103,10 @@ class Factors(NamedTuple):
     ridge: jax.Array | None = None  # (*batch)
     # (left, r): the kept core is left r, see `core_factors`; not needed where nothing is truncated
     core: tuple[jax.Array, jax.Array] | None = None
+    # where it is accepted (plain problems) the seminormal equations are as good as Q, and q holds T
+    gram: Gram | None = None
+    # (*batch) a power of two: everything else, and all results, are for `down` t in the place of T
+    down: jax.Array | None = None
 
     @property
     def wide(self) -> bool:
@@ -103,34 +116,11 @@ class Factors(NamedTuple):
     def plain(self) -> bool:
         return self.weights is None and self.ridge is None
 
-
-def differentiated_as(differentiable: Callable) -> Callable:
-    """Decorator: the function's value, with the derivatives of `differentiable` of the same arguments.
-
-    Only arguments that move are differentiated; a derivative in a constant costs nothing.
-    """
-
-    def decorate(values: Callable) -> Callable:
-        fun = jax.custom_jvp(values)
-
-        def rule(primals, tangents):
-            primals, tree = jax.tree.flatten(primals)
-            tangents = tree.flatten_up_to(tangents)
-            still = jax.custom_derivatives.SymbolicZero
-            moving = [i for i, t in enumerate(tangents) if not isinstance(t, still)]
-
-            def of_moving(*arguments):
-                full = list(primals)
-                for i, argument in zip(moving, arguments, strict=True):
-                    full[i] = argument
-                return differentiable(*jax.tree.unflatten(tree, full))
-
-            return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
-
-        fun.defjvp(rule, symbolic_zeros=True)
-        return fun
-
-    return decorate
+    def scaled(self) -> "Factors":
+        """The same with T scaled: in the branch that needs it, to keep no copy of T."""
+        if self.down is None:
+            return self
+        return self._replace(t=scaled(self.t, self.down), down=None)
 
 
 def weigh(weights: jax.Array | None, a: jax.Array) -> jax.Array:
@@ -162,6 +152,7 @@ class FullRank(NamedTuple):
     kept: jax.Array | None = None  # (*batch, columns) bool
     weights: jax.Array | None = None
     ridge: jax.Array | None = None
+    gram: Gram | None = None  # of F, accepted: then q is F
 
     def constants(self) -> "FullRank":
         return jax.tree.map(lax.stop_gradient, self)
@@ -183,11 +174,13 @@ class FullRank(NamedTuple):
         return triangular_solve(self.r, triangular_solve(self.r, g, adjoint=True))
 
     def solve(self, f: jax.Array, g: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """(v, y) from the factors.
+        """(v, y): by products with F where its Gram matrix is enough, else from the factors.
 
         Rows of very different weight make q^H W^(1/2) f as inaccurate as the heaviest of them; the
         residual of a first solution does not have this, and one correction brings full accuracy.
         """
+        if self.gram is not None:
+            return seminormal.augmented(self.q, self.gram, f, g)[:2]
         c = self.project(f)
         if g is not None:
             c = c - triangular_solve(self.r, g, adjoint=True)
@@ -372,13 +365,20 @@ class Problem(NamedTuple):
     """The kept part T_k = F w^H, ready to be solved with; D = T - T_k."""
 
     full_rank: FullRank
+    t: jax.Array
     w: jax.Array | None  # (*batch, n, p), None: the identity
     d: jax.Array | None  # None: zero
 
 
+def _by_gram(factors: Factors) -> Problem:
+    """Nothing truncated, T tall and its Gram matrix accepted: F = T."""
+    t = factors.t
+    return Problem(FullRank(t, factors.q, factors.r, gram=factors.gram), t, None, None)
+
+
 def _full(factors: Factors) -> Problem:
     """Nothing truncated, T tall: F = T."""
-    t, q, r, decision, weights, ridge, core = factors
+    t, q, r, decision, weights, ridge, core, *_ = factors
     left = None
     if not factors.plain and core is not None:
         left, r = core
@@ -386,12 +386,12 @@ def _full(factors: Factors) -> Problem:
     # replaced, and 0 * inf would reach its gradient all the same.
     regular = decision.full & decision.usable
     r = where_matrix(regular, r, identity_like(r))
-    return Problem(FullRank(t, q, r, left, None, weights, ridge), None, None)
+    return Problem(FullRank(t, q, r, left, None, weights, ridge), t, None, None)
 
 
 def _truncated(driver: str, factors: Factors) -> Problem:
     """The kept part. Tall elements of full rank have w = I exactly."""
-    t, q, r, decision, weights, ridge, core = factors
+    t, q, r, decision, weights, ridge, core, *_ = factors
     e, r_e, u, _, w, kept = decision.kept
     full, wide = decision.full, factors.wide
 
@@ -418,25 +418,44 @@ def _truncated(driver: str, factors: Factors) -> Problem:
         j = where_matrix(full, identity_like(j), j)
         d = where_matrix(full, jnp.zeros_like(d), d)
         basis = range_basis(H(j), w, kept)
-        return Problem(full_rank(mm(base, mm(j, basis)), core, ridge), basis, d)
-    return Problem(full_rank(f, core, ridge), basis, t - mm(f, H(basis)))
+        return Problem(full_rank(mm(base, mm(j, basis)), core, ridge), t, basis, d)
+    return Problem(full_rank(f, core, ridge), t, basis, t - mm(f, H(basis)))
 
 
-def with_problem(driver: str, factors: Factors, fun: Callable[[Problem], Any]) -> Any:
-    """`fun` of the kept part, differentiable in T, the weights and the ridge.
+def with_problem(driver: str, fun: Callable[..., Any], factors: Factors, *operands: jax.Array) -> Any:
+    """`fun` of the kept part and the operands, differentiable in them, in T, the weights and the ridge.
 
-    One branch for the whole batch, also under a user's vmap: without truncation the cost is that of
-    a few products with T.
+    The batch, also that of a user's vmap, takes one branch: that of its worst element. Where all Gram
+    matrices are enough, or nothing is truncated, the cost is that of a few products with T. But each
+    element has the result that it would have alone.
     """
+
+    def by_gram(factors, *operands):
+        return fun(_by_gram(factors.scaled()), *operands)
+
+    def whole(factors, *operands):
+        return fun(_full(factors.scaled()), *operands)
+
+    def truncated(factors, *operands):
+        return fun(_truncated(driver, factors.scaled()), *operands)
+
+    def first_of(flags, one, other):
+        def both(factors, *operands):
+            pairs = one(factors, *operands), other(factors, *operands)
+            return jax.tree.map(partial(pick, flags(factors)), *pairs)
+
+        return both
+
     if factors.wide:
-        return fun(_truncated(driver, factors))
-    if driver == "gels":
-        return fun(_full(factors))
-    return lax.cond(
-        any_of(~factors.decision.full),
-        lambda: fun(_truncated(driver, factors)),
-        lambda: fun(_full(factors)),
-    )
+        return truncated(factors, *operands)
+    branches, index = [whole], jnp.zeros((), int)
+    if driver != "gels":
+        branches.append(first_of(lambda f: f.decision.full, whole, truncated))
+        index = any_of(~factors.decision.full).astype(int)
+    if factors.gram is not None:
+        branches = [by_gram, *(first_of(lambda f: f.gram.accepted, by_gram, other) for other in branches)]
+        index = jnp.where(any_of(~factors.gram.accepted), 1 + index, 0)
+    return switch(index, branches, factors, *operands)
 
 
 def _zeros(f: jax.Array, rows: int, b: jax.Array) -> jax.Array:
@@ -450,10 +469,10 @@ def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool):
 
     S = T_k^+ without a ridge, and S = w (F^H W F + ridge)^-1 F^H W in general.
     """
-    t, weights, ridge = factors.t, factors.weights, factors.ridge
 
-    def apply(problem: Problem):
-        full_rank, w, d = problem
+    def apply(problem: Problem, b: jax.Array):
+        full_rank, t, w, d = problem
+        weights = full_rank.weights
         f = full_rank.f
         if adjoint:
             v, _ = augmented(full_rank, _zeros(f, f.shape[-2], b), b if w is None else mm(H(w), b))
@@ -462,9 +481,9 @@ def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool):
         x = y if w is None else mm(w, y)
         # D x is zero for the SVD, but not its derivative.
         v = v if d is None else v - mm(d, x)
-        return x, None if factors.wide else squared_residual(t, b, x, v, d, weights, ridge)
+        return x, None if factors.wide else squared_residual(t, b, x, v, d, weights, full_rank.ridge)
 
-    return with_problem(driver, factors, apply)
+    return with_problem(driver, apply, factors, b)
 
 
 def covariance(driver: str, factors: Factors) -> jax.Array:
@@ -474,9 +493,9 @@ def covariance(driver: str, factors: Factors) -> jax.Array:
         f = problem.full_rank.f
         rhs = identity_like(factors.r) if problem.w is None else H(problem.w)
         v, _ = augmented(problem.full_rank, _zeros(f, f.shape[-2], rhs), rhs)
-        return mm(H(v), weigh(factors.weights, v))
+        return mm(H(v), weigh(problem.full_rank.weights, v))
 
-    return with_problem(driver, factors, apply)
+    return with_problem(driver, apply, factors)
 
 
 def leverages(driver: str, factors: Factors) -> jax.Array:
@@ -486,9 +505,9 @@ def leverages(driver: str, factors: Factors) -> jax.Array:
         f = problem.full_rank.f
         rhs = identity_like(factors.r)
         v, _ = augmented(problem.full_rank, _zeros(f, f.shape[-2], rhs), rhs)
-        return weigh(factors.weights, (v * f.conj()).real).sum(-1)
+        return weigh(problem.full_rank.weights, (v * f.conj()).real).sum(-1)
 
-    return with_problem(driver, factors, apply)
+    return with_problem(driver, apply, factors)
 
 
 @jax.custom_jvp

@@ -21,6 +21,7 @@ from jax import lax
 
 from . import _arguments as arguments
 from . import _derivative as derivative
+from ._autodiff import differentiated_as
 from ._decompose import Decision, decider, svd
 from ._decompose.kept import Kept
 from ._library import triangular_solve
@@ -65,7 +66,7 @@ def _onto(u: derivative.Factors, f: jax.Array) -> jax.Array:
 
 def _values(factors: derivative.Factors, b: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """The solution, and the squared residuals where T is tall."""
-    t, q, r, decision, weights, ridge, _ = factors
+    t, q, r, decision, weights, ridge, *_ = factors
     root = derivative.root(weights)
     left, small = _core(factors)
     f = derivative.weigh(root, b)
@@ -111,14 +112,14 @@ def _derivative_solve(driver: str, adjoint: bool, factors: derivative.Factors, b
 
 
 def _solve(driver: str, factors: derivative.Factors, b: jax.Array):
-    return derivative.differentiated_as(partial(_derivative_solve, driver, False))(_values)(factors, b)
+    return differentiated_as(partial(_derivative_solve, driver, False))(_values)(factors, b)
 
 
 def _solve_adjoint(driver: str, factors: derivative.Factors, c: jax.Array) -> jax.Array:
     def exact(factors, c):
         return _derivative_solve(driver, True, factors, c)[0]
 
-    return derivative.differentiated_as(exact)(_values_adjoint)(factors, c)
+    return differentiated_as(exact)(_values_adjoint)(factors, c)
 
 
 def _covariance(driver: str, factors: derivative.Factors) -> jax.Array:
@@ -129,7 +130,7 @@ def _covariance(driver: str, factors: derivative.Factors) -> jax.Array:
         x = _map(factors, triangular_solve(small, H(left)))
         return mm(x, H(x))
 
-    return derivative.differentiated_as(partial(derivative.covariance, driver))(values)(factors)
+    return differentiated_as(partial(derivative.covariance, driver))(values)(factors)
 
 
 def _leverages(driver: str, factors: derivative.Factors) -> jax.Array:
@@ -139,7 +140,7 @@ def _leverages(driver: str, factors: derivative.Factors) -> jax.Array:
         left, _ = _core(factors)
         return abs2(left if factors.wide else mm(factors.q, left)).sum(-1)
 
-    return derivative.differentiated_as(partial(derivative.leverages, driver))(values)(factors)
+    return differentiated_as(partial(derivative.leverages, driver))(values)(factors)
 
 
 def _trace(driver: str, factors: derivative.Factors) -> jax.Array:
@@ -151,7 +152,7 @@ def _trace(driver: str, factors: derivative.Factors) -> jax.Array:
     def values(factors):
         return abs2(_core(factors)[0]).sum((-2, -1))
 
-    return derivative.differentiated_as(exact)(values)(factors)
+    return differentiated_as(exact)(values)(factors)
 
 
 def _singular_values(driver: str, factors: derivative.Factors) -> jax.Array:
@@ -164,7 +165,7 @@ def _singular_values(driver: str, factors: derivative.Factors) -> jax.Array:
         u = derivative.weigh(derivative.root(factors.weights), u)
         return derivative.singular_triplets(factors.t, u, s, v, factors.weights)[1]
 
-    return derivative.differentiated_as(exact)(values)(factors)
+    return differentiated_as(exact)(values)(factors)
 
 
 @partial(
@@ -364,7 +365,7 @@ class Factorization:
     @property
     def rank(self) -> jax.Array:
         """The rank that was decided, an integer ``(*batch,)``; min(m, n) for gels, which assumes it."""
-        return jnp.where(self.valid, self.decision.kept.rank, 0)
+        return jnp.where(self.valid, self.decision.rank, 0)
 
     @property
     @jax.jit
@@ -503,7 +504,7 @@ class Factorization:
             factors = lax.cond(full, core, lambda: (decision.kept.u, r))
         if self.driver == "gels":
             test = r if ridge is None else derivative.core_factors(r, decision, False, scaled)[1]
-            usable = decider("gels")(test, jnp.zeros_like(self.size[0]), self.valid).usable
+            usable = decider("gels")(test, jnp.zeros_like(self.size[0]), self.valid, ~self.valid).usable
             decision = decision._replace(usable=usable)
         return dataclasses.replace(self, ridge=ridge, decision=decision, core=factors)
 
@@ -593,14 +594,14 @@ def _reduce(driver: str, dtype: Any, a: jax.Array, weights: jax.Array | None, rc
     t = H(t) if m < n else t
     if not a.size:
         q, r, kept = t, jnp.zeros((*batch, p, p), a.dtype), jnp.zeros((*batch, p), bool)
-        decision = Decision(Kept(r, r, r, r, r, kept), jnp.ones(batch, bool), jnp.ones(batch, bool))
+        decision = Decision.of(Kept(r, r, r, r, r, kept), jnp.ones(batch, bool), jnp.ones(batch, bool))
     else:
         if weights is None:
             q, r = orthonormal(t)
         else:
             q, r, order = graded.orthonormal(t, valid)
         r = where_matrix(valid, r, identity_like(r))
-        decision = decider(driver)(r, rcond, valid)
+        decision = decider(driver)(r, rcond, valid, ~valid)
     if driver != "gels":
         valid = valid & ~jnp.isnan(rcond)
     return Factorization(

@@ -81,8 +81,6 @@ def _substitute(r: jax.Array, b: jax.Array, lower: bool = False, adjoint: bool =
 @cache
 def _triangular_solve(lower: bool, adjoint: bool) -> Callable:
     def solve(r, b):
-        if r.ndim > 2 and r.shape[-1] <= _TINY:
-            return (_substitute(r, b, lower, adjoint),)
         x = lax.linalg.triangular_solve(
             r, b, left_side=True, lower=lower, transpose_a=adjoint, conjugate_a=adjoint
         )
@@ -93,6 +91,8 @@ def _triangular_solve(lower: bool, adjoint: bool) -> Callable:
 
 def triangular_solve(r: jax.Array, b: jax.Array, *, lower: bool = False, adjoint: bool = False) -> jax.Array:
     """R^-1 b, or R^-H b, for a triangular R."""
+    if r.ndim > 2 and r.shape[-1] <= _TINY:
+        return _substitute(r, b, lower, adjoint)
     (x,) = _triangular_solve(lower, adjoint)(r, b)
     return x
 

@@ -9,12 +9,13 @@ from jax import lax
 
 from . import _arguments as arguments
 from . import _derivative as derivative
-from ._decompose import decider, svd
+from ._autodiff import differentiated_as
+from ._decompose import decider
 from ._factorization import factorize
-from ._numerics import H, abs2, mm
-from ._reduce import orthonormal
+from ._fast import reducer, triplets
+from ._numerics import H, abs2
 from ._result import LstsqResult
-from ._scaling import good, safe_triangle, scale, unscale
+from ._scaling import good, scale, unscale
 from ._values import values
 
 
@@ -122,17 +123,19 @@ def lstsq(
 def _differentiable(driver: str, wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):
     """The same as `values`, written so that JAX can differentiate it to any order."""
     scaled = scale(t, b)
-    t, b = scaled.t, scaled.b
-    q, r = orthonormal(lax.stop_gradient(t))
-    decision = decider(driver)(r, rcond, scaled.t_finite)
-    factors = derivative.Factors(t, q, r, decision)
-    x, rho = derivative.solve(driver, factors, b, adjoint=wide)
+    constant, down = lax.stop_gradient(t), scaled.t_size[1]
+    reduced = reducer(driver, wide)(constant, rcond, scaled.t_finite, down)
+    q, r, gram = reduced
+    proven = jnp.zeros_like(scaled.t_finite) if gram is None else gram.accepted
+    decision = decider(driver)(r, rcond, scaled.t_finite, proven)
+    factors = derivative.Factors(t, q, r, decision, gram=gram, down=down)
+    x, rho = derivative.solve(driver, factors, scaled.b, adjoint=wide)
     s = jnp.zeros(r.shape[:-1], scaled.t_size[0].dtype)
     if driver in ("gelsd", "gelss"):
-        u, s, v = svd.factors(safe_triangle(scaled, r), driver)
-        _, s, _ = derivative.singular_triplets(t, mm(q, u), s, v)
+        vectors = lax.stop_gradient(triplets(driver)(lax.stop_gradient(scaled.t), scaled.t_finite, reduced))
+        _, s, _ = derivative.singular_triplets(scaled.t, *vectors)
     solved = good(driver, scaled, rcond, decision.usable)
-    return unscale(scaled, x, rho, decision.kept.rank, s, solved)
+    return unscale(scaled, x, rho, decision.rank, s, solved)
 
 
 def _solve_empty(wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):
@@ -145,7 +148,7 @@ def _solve_empty(wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):
 def _solve(driver: str, wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):
     """T^+ b (tall) or T^+H b (wide) for T (*batch, m, p), b (*batch, m or p, k), rcond (*batch)."""
 
-    @derivative.differentiated_as(partial(_differentiable, driver, wide))
+    @differentiated_as(partial(_differentiable, driver, wide))
     def solve(t, b, rcond):
         x, rho, rank, s = values(driver, wide)(t, rcond, b)
         return x, None if wide else rho, rank, s

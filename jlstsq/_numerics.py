@@ -68,18 +68,23 @@ def identity_like(a: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
 
 
+def pick(flags: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a` where the flag of the batch element is set, `b` elsewhere; arrays of any rank."""
+    return jnp.where(flags.reshape(flags.shape + (1,) * (a.ndim - flags.ndim)), a, b)
+
+
 def where_matrix(condition: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """A where the batch element's condition holds, b elsewhere."""
     return jnp.where(condition[..., None, None], a, b)
 
 
 def largest_entry(a: jax.Array, axis: int | tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """The largest modulus among the finite entries (max norm of re, im), and whether all are finite."""
+    """The largest modulus (max norm of re, im), 0 where not all entries are finite, and whether they are."""
     a = lax.stop_gradient(a)
     size = jnp.maximum(abs(a.real), abs(a.imag)) if jnp.iscomplexobj(a) else abs(a)
-    finite = jnp.isfinite(size)
-    zero = jnp.zeros((), size.dtype)
-    return jnp.where(finite, size, zero).max(axis, initial=0), finite.all(axis)
+    largest = size.max(axis, initial=0)
+    finite = jnp.isfinite(largest)
+    return jnp.where(finite, largest, 0), finite
 
 
 def power_of_two(size: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from . import _fast as fast
+from ._blocks import in_blocks
 from ._decompose import solve_decided, svd
 from ._numerics import abs2, cond, mm, native_batch, where_matrix
-from ._reduce import project, triangle
+from ._reduce import lanes, project, triangle
 from ._scaling import good, safe_triangle, scale, unscale
 
 Answer = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -22,18 +23,18 @@ Answer = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 def _careful(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Array) -> Answer:
     """Scale, reduce, decompose, apply. rcond may have more leading dimensions than T and b."""
     scaled = scale(t, b)
-    t, b = scaled.t, scaled.b
+    b, down = scaled.b, scaled.t_size[1]
     if wide:
-        r, c, tail = triangle(t), b, jnp.zeros((*b.shape[:-2], b.shape[-1]), scaled.b_size[0].dtype)
+        r, c, tail = triangle(t, down), b, jnp.zeros((*b.shape[:-2], b.shape[-1]), scaled.b_size[0].dtype)
     else:
-        r, c, tail = project(t, b)
+        r, c, tail = project(t, b, down)
     s = _singular_values(driver, safe_triangle(scaled, r))
     r, c = (jnp.broadcast_to(a, (*rcond.shape, *a.shape[-2:])) for a in (r, c))
     ok = jnp.broadcast_to(scaled.t_finite, rcond.shape)
     y, rank, usable = solve_decided(driver, wide, r, rcond, ok, c)
     if wide:
         # T y with R backward stable is as accurate as using Q (Paige 1973).
-        x, rho = mm(t, y), jnp.broadcast_to(tail, (*rcond.shape, tail.shape[-1]))
+        x, rho = mm(scaled.t, y), jnp.broadcast_to(tail, (*rcond.shape, tail.shape[-1]))
     else:
         x, rho = y, tail + abs2(c - mm(r, y)).sum(-2)
     return unscale(scaled, x, rho, rank, s, good(driver, scaled, rcond, usable))
@@ -85,6 +86,15 @@ def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arra
     return cond(proven.all(), fast_answer, careful_answer, t, rcond, b)
 
 
+def _in_blocks(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Array) -> Answer:
+    """The same; a hard matrix sends only its own block into the careful path."""
+    solve = partial(_values, driver, wide)
+    # Lanes have blocks of their own, and thresholds alone may have a longer batch.
+    if lanes.worthwhile(t.shape) or rcond.shape != t.shape[:-2]:
+        return solve(t, rcond, b)
+    return in_blocks(solve, t, rcond, b)
+
+
 @cache
 def values(driver: str, wide: bool):
     """(T, rcond, b) -> (x, residuals, rank, s) for T (*batch, m, p), the tall one of A and A^H.
@@ -92,7 +102,7 @@ def values(driver: str, wide: bool):
     x = T^+ b, or T^+H b where A is wide. A user's vmap lands on the batch.
     """
     return native_batch(
-        partial(_values, driver, wide),
+        partial(_in_blocks, driver, wide),
         matrices=1,
         thresholds=1,
         columns_out=(True, True, False, False),

@@ -228,15 +228,17 @@ def test_rcond_has_no_derivative(driver, x64):
     assert jax.jvp(lambda r: loss(A, r), (0.1,), (1.0,))[1] == 0
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
-def test_neighbours_leave_gradients_alone(driver, x64):
+@pytest.mark.parametrize(
+    ("driver", "shape"), [*((driver, (3, 6, 3)) for driver in DRIVERS), ("gelsy", (3, 24, 9))], ids=str
+)
+def test_neighbours_leave_gradients_alone(driver, shape, x64):
     """NaN and Inf change no bit of the other elements' gradients; a truncated neighbour, rounding only.
 
-    A truncated element sends the whole batch into the other branch, with the same arithmetic except
-    for the order in which reverse mode sums cotangents.
+    A truncated element sends the whole batch into the other branch, where each keeps its own result,
+    but a compiler is free to compile the same arithmetic twice.
     """
     rng = np.random.default_rng(5)
-    A, B = rng.standard_normal((3, 6, 3)), rng.standard_normal((3, 6, 2))
+    A, B = rng.standard_normal(shape), rng.standard_normal((*shape[:2], 2))
 
     def loss(AB, rcond):
         result = lstsq(*AB, rcond, driver=driver)
@@ -257,7 +259,7 @@ def test_neighbours_leave_gradients_alone(driver, x64):
             a[1, 2, 1] = bad
         dirty = fun((a, b), cut)
         for x, y in zip(clean, dirty, strict=True):
-            rtol = 1e-13 if bad in ("dependent", "threshold") else 0
+            rtol = 1e-15 if bad in ("dependent", "threshold") else 0
             np.testing.assert_allclose(x[::2], y[::2], rtol=rtol, atol=rtol)
         healthy = bad == ("threshold" if driver == "gels" else "dependent")
         assert np.isnan(dirty[0][1]).any() != healthy

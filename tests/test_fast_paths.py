@@ -46,6 +46,38 @@ def test_accepted_solutions_are_right(shape, precision):
         assert result.condition[i] * 1.001 >= kappa * (1 - 1e3 * eps * kappa)
 
 
+@pytest.mark.parametrize("shape", [(60, 9), (9, 60)], ids=str)
+def test_accepted_gradients_are_right(shape, precision, monkeypatch):
+    """Over a sweep of condition numbers: without Q as accurate as with Q, to the gradient's own rounding."""
+    dtype = np.float64 if precision else np.float32
+    rng = np.random.default_rng(2)
+    eps = np.finfo(dtype).eps
+    tall = shape[0] > shape[1]
+    drawn = [problem(rng, max(shape), min(shape), kappa, dtype)[0] for kappa in KAPPAS]
+    A = np.stack(drawn if tall else [a.T for a in drawn])
+    b, w = (rng.standard_normal(rows).astype(dtype) for rows in shape)
+
+    def gradients():
+        def one(A):
+            return jax.grad(lambda A: lstsq(A, b, driver="gels").solution @ w)(A)
+
+        return np.asarray(jax.jit(jax.vmap(one))(A))
+
+    without_q = gradients()
+    accepted = _fast.reducer("gels", not tall)(
+        jnp.asarray(A if tall else A.mT), jnp.zeros(len(A)), jnp.ones(len(A), bool), jnp.ones(len(A), dtype)
+    ).gram.accepted
+    assert np.asarray(accepted)[:3].all()
+    assert not np.asarray(accepted)[-1]
+    jax.clear_caches()
+    monkeypatch.setattr(_fast.cholesky, "worthwhile", lambda *_: False)
+    with_q = gradients()
+    jax.clear_caches()
+    for kappa, good, x, y in zip(KAPPAS, np.asarray(accepted), without_q, with_q, strict=True):
+        if good:
+            assert np.linalg.norm(x - y) <= 20 * eps * kappa * np.linalg.norm(y)
+
+
 @pytest.mark.parametrize("shape", [(400, 20), (20, 400), (20, 3), (3, 20), (7, 1), (1, 7)], ids=str)
 def test_singular_values_are_backward_stable(shape, precision):
     """Also those of the second pass over the data, at every condition number."""

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from .. import _library as library
+from .._blocks import in_blocks
 from .._library import triangular_solve
-from .._numerics import cond, identity_like, native_batch, where_matrix
+from .._numerics import cond, identity_like, native_batch, pick, where_matrix
 from . import certificate, complete_orthogonal, svd
 from .kept import Kept
 
@@ -20,11 +21,30 @@ DRIVERS = ("gels", "gelsy", "gelsd", "gelss")
 
 
 class Decision(NamedTuple):
-    """The kept part of each R of a batch, and where it is everything."""
+    """The kept part of each R of a batch, and where it is everything.
 
-    kept: Kept
-    full: jax.Array  # (*batch) bool: nothing truncated, so kept is not used
+    The factors of the kept part lie in one array: where nothing is truncated they are passed on
+    without being looked at, and XLA would bring each into the layout of its use.
+    """
+
+    factors: jax.Array  # (*batch, 5 p, p): e, r, u, l and w of `Kept`
+    mask: jax.Array  # (*batch, p) bool, `kept` of `Kept`
+    full: jax.Array  # (*batch) bool: nothing truncated, so `kept` is not used
     usable: jax.Array  # (*batch) bool: False where gels must answer NaN
+
+    @property
+    def rank(self) -> jax.Array:
+        return self.mask.sum(-1)
+
+    @property
+    def kept(self) -> Kept:
+        e, r, u, l, w = jnp.split(self.factors, 5, axis=-2)  # noqa: E741
+        return Kept(e, r, u, l, w, self.mask)
+
+    @classmethod
+    def of(cls, kept: Kept, full: jax.Array, usable: jax.Array) -> "Decision":
+        *factors, mask = kept
+        return cls(jnp.concatenate(factors, axis=-2), mask, full, usable)
 
 
 def _truncate(driver: str, r: jax.Array, rcond: jax.Array) -> Kept:
@@ -84,28 +104,23 @@ def _certify(driver: str, r: jax.Array, rcond: jax.Array, ok: jax.Array):
 
 @cache
 def decider(driver: str):
-    """The derivatives' path: (R, rcond, ok) -> (kept, full, usable) with the same decisions."""
+    """The derivatives' path: (R, rcond, ok, proven) -> (kept, full, usable) with the same decisions.
 
-    def decide(r, rcond, ok):
+    Where `proven`, T is known to be of full rank.
+    """
+
+    def decide(r, rcond, ok, proven):
         safe, full, usable = _certify(driver, r, rcond, ok)
+        full = full | proven
         whole = _whole(where_matrix(full & usable, safe, identity_like(r)))
         if driver == "gels":
-            return *whole, full, usable
+            return tuple(Decision.of(whole, full, usable))
 
         def truncated():
             kept = _truncate(driver, safe, rcond)
-            return jax.tree.map(partial(_pick, full), whole, kept)
+            return Decision.of(jax.tree.map(partial(pick, full), whole, kept), full, usable)
 
-        return *cond(full.all(), lambda: whole, truncated, r, rcond), full, usable
+        return tuple(cond(full.all(), lambda: Decision.of(whole, full, usable), truncated, r, rcond))
 
-    batched = native_batch(decide, 3, (False,) * 8)
-
-    def call(r, rcond, ok):
-        *kept, full, usable = batched(r, rcond, ok)
-        return Decision(Kept(*kept), full, usable)
-
-    return call
-
-
-def _pick(full: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.where(full.reshape(full.shape + (1,) * (a.ndim - full.ndim)), a, b)
+    batched = native_batch(partial(in_blocks, decide), 4, (False,) * 4)
+    return lambda r, rcond, ok, proven: Decision(*batched(r, rcond, ok, proven))

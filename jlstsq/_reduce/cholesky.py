@@ -35,7 +35,7 @@ class Gram(NamedTuple):
     inverse_norm: jax.Array  # (*batch) a bound of ||R^-1||
     contraction: jax.Array  # (*batch) theta
     condition: jax.Array  # (*batch) a bound of ||T|| ||T^+||
-    accepted: jax.Array  # (*batch) bool: G is definite and theta small
+    accepted: jax.Array  # (*batch) bool: G lost nothing, is definite, and theta small
     squares: jax.Array  # (*batch, p), of the column norms
 
 
@@ -55,6 +55,12 @@ def range_of(m: int, dtype: Any) -> tuple[float, float]:
     return float(4 * m * (info.tiny / info.eps)), float(info.max * info.eps)
 
 
+def in_range(m: int, squares: jax.Array) -> jax.Array:
+    """Whether these squared column norms (*batch, p) lost nothing."""
+    low, high = range_of(m, squares.dtype)
+    return ((squares > low) & (squares < high)).all(-1)
+
+
 def _rounding(m: int, p: int, dtype: Any) -> float:
     """A bound of the error of R^H R in norm, for unit columns: sums of m terms, then of p.
 
@@ -69,7 +75,7 @@ def product(t: jax.Array, rows_apart: bool = False) -> jax.Array:
     """T^H T; `rows_apart` where T is the adjoint of what lies in memory.
 
     XLA on CPU multiplies a transpose that it does not store at half the speed in float64. To store it
-    pays for large p, in blocks where T is tall.
+    pays for large p, in blocks where T is tall, and for batches.
     """
     m, p = t.shape[-2:]
 
@@ -89,6 +95,8 @@ def product(t: jax.Array, rows_apart: bool = False) -> jax.Array:
     def plain(t):
         return mm(H(t), t)
 
+    if t.ndim > 2 and not rows_apart:
+        return lax.platform_dependent(t, cpu=lambda t: mm(lax.optimization_barrier(H(t)), t), default=plain)
     if t.ndim == 2 and t.dtype == jnp.float64 and not rows_apart and p > 64:
         return lax.platform_dependent(t, cpu=blocked if m >= 4 * _ROWS else stored, default=plain)
     return plain(t)
@@ -111,7 +119,7 @@ def factor(t: jax.Array, rows_apart: bool = False) -> Gram:
     sharp = (t.ndim == 2 and m >= 8 * p) or jnp.finfo(t.dtype).bits == 32
     inverse_norm = norm2_bound(x) if sharp else frobenius(x)
     contraction = _rounding(m, p, squares.dtype) * inverse_norm**2
-    accepted = definite & (contraction <= _CONTRACTION)
+    accepted = definite & in_range(m, squares) & (contraction <= _CONTRACTION)
     x = d[..., :, None].astype(x.dtype) * x
     # ||T|| is at most its Frobenius norm, ||D R^-1|| at most its own and ||D|| ||R^-1||.
     size = jnp.sqrt(squares.sum(-1))

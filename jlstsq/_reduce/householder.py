@@ -24,7 +24,8 @@ def orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
 def reduce_augmented(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """R, Q^H b and the residual norms from R of [T, b]."""
     p = t.shape[-1]
-    r = triangle(jnp.concatenate([t, b], axis=-1))
+    # Joined as columns, in the order that LAPACK reads: one copy, not two.
+    r = triangle(jnp.concatenate([t.mT, b.mT], axis=-2).mT)
     return r[..., :p, :p], r[..., :p, p:], abs2(r[..., p:, p:]).sum(-2)
 
 

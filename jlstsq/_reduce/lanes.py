@@ -48,8 +48,8 @@ def _loop(count: int, body: Callable, start: Any, *data: Any) -> Any:
     return lax.fori_loop(0, count, body, varying(start, *data), unroll=count <= _UNROLLED)
 
 
-def _reflect(j: Any, w: jax.Array) -> jax.Array:
-    """One Householder step on w (m, columns, lanes): column j becomes beta e_j from row j on."""
+def _reflect(j: Any, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One Householder step on w (m, columns, lanes), column j becomes beta e_j from row j on; v and tau."""
     rows = jnp.arange(w.shape[0])[:, None]
     columns = jnp.arange(w.shape[1])[:, None]
     x = w[:, j]
@@ -57,17 +57,34 @@ def _reflect(j: Any, w: jax.Array) -> jax.Array:
     row = jnp.where(columns > j, (v.conj()[:, None] * w).sum(0), 0)
     w = w - v[:, None] * (jnp.conj(tau) * row)
     column = jnp.where(rows == j, beta, jnp.where(rows < j, x, 0))
-    return w.at[:, j].set(column)
+    return w.at[:, j].set(column), v, tau
+
+
+def _reduced(p: int, w: jax.Array) -> jax.Array:
+    """W (m, columns, lanes) with its first p columns made triangular."""
+    return _loop(p, lambda j, w: _reflect(j, w)[0], w)
 
 
 def _factor(t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Q (lanes, m, p) and R of one block T (lanes, m, p)."""
     w = jnp.moveaxis(t, 0, -1)
-    m, p = w.shape[:2]
-    eye = jnp.broadcast_to(jnp.eye(m, dtype=w.dtype)[..., None], (m, m, w.shape[-1]))
-    # [T, I] becomes [R, Q^H]
-    w = _loop(p, _reflect, jnp.concatenate([w, eye], axis=1))
-    return jnp.moveaxis(w[:p, p:], (0, 1, 2), (2, 1, 0)).conj(), jnp.moveaxis(w[:p, :p], -1, 0)
+    p = w.shape[1]
+
+    def forward(j, state):
+        w, vectors, taus = state
+        w, v, tau = _reflect(j, w)
+        return w, vectors.at[j].set(v), taus.at[j].set(tau)
+
+    def backward(step, q):
+        j = p - 1 - step
+        v = vectors[j]
+        return q - v[:, None] * (taus[j] * (v.conj()[:, None] * q).sum(0))
+
+    start = w, jnp.zeros((p, w.shape[0], w.shape[2]), w.dtype), jnp.zeros(w.shape[1:], w.dtype)
+    w, vectors, taus = _loop(p, forward, start, t)
+    eye = jnp.broadcast_to(jnp.eye(*w.shape[:2], dtype=w.dtype)[..., None], w.shape)
+    q = _loop(p, backward, eye, t)
+    return jnp.moveaxis(q, -1, 0), jnp.moveaxis(w[:p], -1, 0)
 
 
 def _substitute(r: jax.Array, c: jax.Array, adjoint: bool = False) -> jax.Array:
@@ -134,7 +151,7 @@ def _block(adjoint: bool, spectrum: bool, t: jax.Array, b: jax.Array) -> Lanes:
     t, b = jnp.moveaxis(t, 0, -1), jnp.moveaxis(b, 0, -1)
     p = t.shape[1]
     w = t if adjoint else jnp.concatenate([t, b], axis=1)
-    w = _loop(p, _reflect, w)
+    w = _reduced(p, w)
     r = w[:p, :p]
     eye = jnp.broadcast_to(jnp.eye(p, dtype=r.dtype)[..., None], r.shape)
     inverse = _substitute(r, eye)
