@@ -77,43 +77,48 @@ def switch(index: jax.Array, branches: Sequence[Callable], *operands: Any) -> An
     """
     if len(branches) == 1:
         return branches[0](*operands)
+    # Inside shard_map all of one type: an operand that does not vary has its derivative summed outside.
+    index, operands = varying((index, operands))
+    return _switch(tuple(branches), index, operands)
 
-    def choose(index, functions, *data):
-        return lax.switch(index, [lambda f=f: varying(f(), operands, data) for f in functions])
 
-    call = jax.custom_jvp(
-        lambda index, operands: choose(index, [partial(branch, *operands) for branch in branches])
-    )
+def _choose(index: jax.Array, functions: Sequence[Callable], data: Any) -> Any:
+    return lax.switch(index, [lambda f=f: varying(f(), data) for f in functions])
 
-    def rule(primals, tangents):
-        index, operands = primals
-        moving = [_moving(branch, operands, tangents[1]) for branch in branches]
 
-        def push(moves):
-            forwards = [lambda f=f, at=at: jax.jvp(f, at, moves)[1] for f, at, _ in moving]
-            return choose(index, forwards, moves)
+# Not a closure over its arguments: JAX keeps the rule for as long as the program.
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _switch(branches: tuple[Callable, ...], index: jax.Array, operands: tuple) -> Any:
+    return _choose(index, [partial(branch, *operands) for branch in branches], operands)
 
-        def pull(cotangents):
-            return choose(
-                index,
-                [lambda f=f, at=at: list(jax.vjp(f, *at)[1](cotangents)) for f, at, _ in moving],
-                cotangents,
-            )
 
-        out = call(index, operands)
-        # One array, not a tree: custom_linear_solve fails (jax 0.10.2) where only some leaves move.
-        rhs, unravel = _ravel((jax.tree.map(jnp.zeros_like, out), moving[0][2]))
+def _switch_rule(branches, primals, tangents):
+    index, operands = primals
+    moving = [_moving(branch, operands, tangents[1]) for branch in branches]
 
-        def add(sign, z):
-            y, x = unravel(z)
-            return _ravel((jax.tree.map(lambda a, b: a + sign * b, y, push(x)), x))[0]
+    def push(moves):
+        forwards = [lambda f=f, at=at: jax.jvp(f, at, moves)[1] for f, at, _ in moving]
+        return _choose(index, forwards, operands)
 
-        def add_adjoint(_, z):
-            y, x = unravel(z)
-            return _ravel((y, jax.tree.map(jnp.add, x, pull(y))))[0]
+    def pull(cotangents):
+        cotangents = varying(cotangents, operands)
+        backwards = [lambda f=f, at=at: list(jax.vjp(f, *at)[1](cotangents)) for f, at, _ in moving]
+        return _choose(index, backwards, operands)
 
-        z = lax.custom_linear_solve(lambda z: add(-1, z), rhs, lambda _, z: add(1, z), add_adjoint)
-        return out, unravel(z)[0]
+    out = _switch(branches, index, operands)
+    # One array, not a tree: custom_linear_solve fails (jax 0.10.2) where only some leaves move.
+    rhs, unravel = _ravel((jax.tree.map(jnp.zeros_like, out), moving[0][2]))
 
-    call.defjvp(rule, symbolic_zeros=True)
-    return call(index, operands)
+    def add(sign, z):
+        y, x = unravel(z)
+        return _ravel((jax.tree.map(lambda a, b: a + sign * b, y, push(x)), x))[0]
+
+    def add_adjoint(_, z):
+        y, x = unravel(z)
+        return _ravel((y, jax.tree.map(jnp.add, x, pull(y))))[0]
+
+    z = lax.custom_linear_solve(lambda z: add(-1, z), rhs, lambda _, z: add(1, z), add_adjoint)
+    return out, unravel(z)[0]
+
+
+_switch.defjvp(_switch_rule, symbolic_zeros=True)

@@ -123,6 +123,10 @@ class Factors(NamedTuple):
         return self._replace(t=scaled(self.t, self.down), down=None)
 
 
+# Terms from which a sum in single precision has lost digits, and a correction brings them back.
+_MANY = 10_000
+
+
 def weigh(weights: jax.Array | None, a: jax.Array) -> jax.Array:
     """W a, rows scaled; a itself without weights."""
     return a if weights is None else weights[..., None].astype(a.dtype) * a
@@ -181,13 +185,17 @@ class FullRank(NamedTuple):
         """
         if self.gram is not None:
             return seminormal.augmented(self.q, self.gram, f, g)[:2]
-        c = self.project(f)
-        if g is not None:
-            c = c - triangular_solve(self.r, g, adjoint=True)
+        small = 0 if g is None else triangular_solve(self.r, g, adjoint=True)
+        c = self.project(f) - small
         y = triangular_solve(self.r, c)
         if self.weights is None and self.ridge is None:
             left = c if self.left is None else mm(self.left, c)
-            return f - mm(self.q, left), y
+            v = f - mm(self.q, left)
+            if f.shape[-2] > _MANY and jnp.finfo(f.dtype).bits == 32:
+                c = self.project(v) - small
+                left = c if self.left is None else mm(self.left, c)
+                v, y = v - mm(self.q, left), y + triangular_solve(self.r, c)
+            return v, y
         v = f - mm(self.f, y)
         if self.weights is not None:
             rest = self.second(y) if g is None else g + self.second(y)
@@ -469,6 +477,7 @@ def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool):
 
     S = T_k^+ without a ridge, and S = w (F^H W F + ridge)^-1 F^H W in general.
     """
+    wide = factors.wide
 
     def apply(problem: Problem, b: jax.Array):
         full_rank, t, w, d = problem
@@ -481,7 +490,7 @@ def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool):
         x = y if w is None else mm(w, y)
         # D x is zero for the SVD, but not its derivative.
         v = v if d is None else v - mm(d, x)
-        return x, None if factors.wide else squared_residual(t, b, x, v, d, weights, full_rank.ridge)
+        return x, None if wide else squared_residual(t, b, x, v, d, weights, full_rank.ridge)
 
     return with_problem(driver, apply, factors, b)
 
@@ -491,7 +500,7 @@ def covariance(driver: str, factors: Factors) -> jax.Array:
 
     def apply(problem: Problem):
         f = problem.full_rank.f
-        rhs = identity_like(factors.r) if problem.w is None else H(problem.w)
+        rhs = identity_like(problem.full_rank.r) if problem.w is None else H(problem.w)
         v, _ = augmented(problem.full_rank, _zeros(f, f.shape[-2], rhs), rhs)
         return mm(H(v), weigh(problem.full_rank.weights, v))
 
@@ -503,7 +512,7 @@ def leverages(driver: str, factors: Factors) -> jax.Array:
 
     def apply(problem: Problem):
         f = problem.full_rank.f
-        rhs = identity_like(factors.r)
+        rhs = identity_like(problem.full_rank.r)
         v, _ = augmented(problem.full_rank, _zeros(f, f.shape[-2], rhs), rhs)
         return weigh(problem.full_rank.weights, (v * f.conj()).real).sum(-1)
 

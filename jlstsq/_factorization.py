@@ -35,6 +35,7 @@ from ._numerics import (
     power_of_two,
     real_dtype,
     scale_by,
+    varying,
     where_matrix,
 )
 from ._reduce import graded, orthonormal
@@ -266,7 +267,7 @@ class Factorization:
         """Check B (or C), hand it over as columns (*batch, rows, K), and shape what comes back."""
         B = arguments.check_array(B, name)
         compute, result, _ = arguments.common_dtypes(jnp.zeros((), self.dtype), B)
-        here = self._cast(compute)
+        here, B = varying((self._cast(compute), B))
         shape = self.matrix.shape
         shape_of = shape if name == "B" else (*self._batch, shape[-1], shape[-2])
         vector = arguments.is_vector(shape_of, B)
@@ -489,6 +490,7 @@ class Factorization:
         Under `vmap` over the ridge the reduction of A is shared.
         """
         ridge = arguments.check_ridge(ridge, self._batch, self.matrix.dtype)
+        self, ridge = varying((self, ridge))
         if not self.matrix.size:
             return dataclasses.replace(self, ridge=ridge)
         r, decision, wide = self.r, self.decision, self._wide
@@ -571,6 +573,7 @@ def factorize(
         a = jnp.broadcast_to(a, (*batch, m, n))
         weights = jnp.broadcast_to(weights, (*batch, m))
     rcond = arguments.resolve_rcond(rcond, a.shape, dtypes.compute)
+    a, weights, rcond = varying((a, weights, rcond))
     factors = _reduce(driver, dtypes.result, a, weights, rcond)
     return factors.with_ridge(ridge)
 

@@ -13,7 +13,7 @@ from ._autodiff import differentiated_as
 from ._decompose import decider
 from ._factorization import factorize
 from ._fast import reducer, triplets
-from ._numerics import H, abs2
+from ._numerics import H, abs2, varying
 from ._result import LstsqResult
 from ._scaling import good, scale, unscale
 from ._values import values
@@ -96,6 +96,8 @@ def lstsq(
     batch = arguments.check_right_hand_side(A.shape, B, vector)
     a, b = A.astype(dtypes.compute), B.astype(dtypes.compute)
     rcond = arguments.resolve_rcond(rcond, a.shape, dtypes.compute)
+    # Inside shard_map, where only one of them is sharded, all results vary as if all were.
+    a, b, rcond = varying((a, b, rcond))
 
     *batch_a, m, n = a.shape
     batch_a = tuple(batch_a)

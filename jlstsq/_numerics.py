@@ -38,7 +38,7 @@ def reflector(x: jax.Array, j: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     trivial = (tail == 0) & (alpha.imag == 0) if jnp.iscomplexobj(x) else tail == 0
     tau = jnp.where(trivial, 0, (beta - alpha) / jnp.where(trivial, 1, beta))
     pivot = jnp.where(trivial, 1, alpha - beta)
-    v = jnp.where(rows == j, 1, below / pivot)
+    v = jnp.where(rows == j, 1, below / pivot[None])
     return v, tau, jnp.where(trivial, alpha, beta)
 
 

@@ -80,3 +80,13 @@ def test_saves_the_operands_only(x64):
 
     assert temporary(switch) < 1.1
     assert temporary(jax.lax.switch) > 2.5
+
+
+def test_keeps_no_tracer(x64):
+    """What the rule of one call closes over would live as long as the program that it is part of."""
+
+    def loss(a, index):
+        return sum(x.sum() for x in chosen(a, jnp.ones(3), index))
+
+    with jax.checking_leaks():
+        jax.grad(jax.jit(loss))(jnp.ones((6, 3)), jnp.int32(1))

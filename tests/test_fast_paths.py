@@ -7,7 +7,7 @@ import problems
 import pytest
 import scipy.linalg
 
-from jlstsq import _fast, lstsq
+from jlstsq import _fast, factorize, lstsq
 from jlstsq._reduce import householder, sketch
 
 KAPPAS = (1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e8, 1e12)
@@ -154,3 +154,69 @@ def test_vmap_over_rcond_reduces_once(driver, x64):
         one = lstsq(A, B, rcond, driver=driver)
         assert int(result.rank[i]) == int(one.rank)
         np.testing.assert_allclose(result.solution[i], one.solution, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (40, 2)], ids=str)
+def test_columns_of_any_scale(shape, precision):
+    """What is left of a column may underflow when squared: the same answer from values, jvp and factors."""
+    small = 1e-170 if precision else 1e-25
+    dtype = np.float64 if precision else np.float32
+    rng = np.random.default_rng(0)
+    A, b = rng.standard_normal(shape), rng.standard_normal(shape[0]).astype(dtype)
+    expected = np.linalg.lstsq(A, b.astype(float), rcond=None)[0]
+    for scale in (np.array([1, small]), np.array([small, 1])):
+        scaled = (A * scale).astype(dtype)
+        solutions = (
+            lstsq(scaled, b, driver="gels").solution,
+            jax.jvp(lambda b, A=scaled: lstsq(A, b, driver="gels").solution, (b,), (b,))[0],
+            factorize(scaled, driver="gels").solve(b),
+        )
+        for x in solutions:
+            np.testing.assert_allclose(np.asarray(x, float) * scale, expected, rtol=50 * np.finfo(dtype).eps)
+
+
+def test_small_and_nearly_dependent(precision):
+    """A 4 x 2 matrix of small scale, whose second column is 1e-5 (1e-10) off the first."""
+    dtype, scale, off = (np.float64, 1e-145, 1e-10) if precision else (np.float32, 3e-15, 1e-5)
+    rng = np.random.default_rng(1)
+    column, noise = np.ones(4), rng.standard_normal(4)
+    A, b = np.stack([column, column + off * noise], 1) * scale, rng.standard_normal(4).astype(dtype)
+    A = A.astype(dtype)
+    exact = A.astype(float) / scale
+    x = scipy.linalg.lstsq(exact, b.astype(float), cond=1e-15)[0] / scale
+    s = np.linalg.svd(exact, compute_uv=False) * scale
+    eps = np.finfo(dtype).eps
+    for driver in ("gels", "gelsd"):
+        result = lstsq(A, b, 0.0, driver=driver)
+        np.testing.assert_allclose(np.asarray(result.solution, float), x, rtol=20 * eps / off)
+    np.testing.assert_allclose(np.asarray(result.singular_values, float), s, rtol=20 * eps / off)
+
+
+def test_rejected_gram_matrices_leave_hessians_finite(x64):
+    """The branch that is not taken computes with it all the same, and 0 * inf is NaN."""
+    rng = np.random.default_rng(2)
+    A, b = rng.standard_normal((40, 2)), rng.standard_normal(40)
+    A[:, 1] *= 1e-150
+    direction = rng.standard_normal((40, 2))
+    hvp = jax.jit(
+        lambda A: jax.jvp(jax.grad(lambda A: (lstsq(A, b).solution ** 2).sum()), (A,), (direction,))[1]
+    )(A)
+    assert np.isfinite(hvp).all()
+
+
+@pytest.mark.parametrize("shape", [(12, 64, 12), (40, 8, 6)], ids=str)
+def test_singular_values_of_neighbours(shape, x64):
+    """The second pass and the sweeps that an element needs leave the singular values of the others alone."""
+    rng = np.random.default_rng(3)
+    A = np.stack([problems.orthonormal(rng, *shape[1:], np.float64) for _ in range(shape[0])])
+    A[3] = np.vander(np.linspace(0, 1, shape[1]), shape[2])
+    if shape[1] == 64:
+        A[3] = rng.standard_normal(shape[1:])
+        A[3, :, 1] = A[3, :, 0] + 0.003 * A[3, :, 1]
+    fun = jax.jit(lambda A: lstsq(A, A[..., :1], driver="gelsd").singular_values)
+    clean = np.asarray(fun(A))
+    A[3, 0, 0] = np.nan
+    dirty = np.asarray(fun(A))
+    others = np.arange(shape[0]) != 3
+    np.testing.assert_array_equal(clean[others], dirty[others])
+    assert np.isnan(dirty[3]).all()

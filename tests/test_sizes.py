@@ -38,6 +38,23 @@ def test_float32(driver, shape):
     assert (np.linalg.norm(x - expected, axis=-1) <= bound).all()
 
 
+@pytest.mark.parametrize("columns", [2, 3])
+def test_long_sums(columns):
+    """A million positive terms in single precision: a plain running sum is wrong by 1e-4."""
+    rng = np.random.default_rng(4)
+    A = (1 + 0.3 * rng.random((1_000_000, columns))).astype(np.float32)
+    b = (A @ np.arange(1, columns + 1) + 0.1 * rng.standard_normal(len(A))).astype(np.float32)
+    exact = A.astype(float)
+    expected = np.linalg.lstsq(exact, b.astype(float), rcond=None)[0]
+    result = lstsq(A, b, 1e-6, driver="gelsd")
+    np.testing.assert_allclose(result.solution, expected, rtol=1e-5)
+    np.testing.assert_allclose(result.singular_values, np.linalg.svd(exact, compute_uv=False), rtol=1e-5)
+    # The gradient of the first unknown in b: the first row of the pseudoinverse.
+    gradient = jax.grad(lambda b: lstsq(A, b, 1e-6).solution[0])(b)
+    row = np.linalg.pinv(exact)[0]
+    assert np.linalg.norm(gradient - row) <= 1e-4 * np.linalg.norm(row)
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_blocks(driver, x64):
     """A batch that is solved block by block, hard elements in the last block, which overlaps another."""

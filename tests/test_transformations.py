@@ -162,6 +162,12 @@ for shape in ((4, 6, 3), (4, 40, 12)):
             spec = PartitionSpec("x")
             sharded = jax.jit(jax.shard_map(fun, mesh=mesh, in_specs=(spec, spec), out_specs=spec))
             jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9), sharded(A, B), fun(A, B))
+        # One of the two replicated: its gradient is summed over the devices.
+        gradient = jax.grad(lambda A, B: (value(A, B)[0] ** 2).sum(), (0, 1))
+        specs = (spec, PartitionSpec())
+        sharded = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=specs))
+        pairs = zip(sharded(A, B[0]), gradient(A, B[0]), strict=True)
+        assert all(np.allclose(x, y, rtol=1e-9, atol=1e-12) for x, y in pairs)
 """
 
 

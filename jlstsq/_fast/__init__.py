@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from .._blocks import in_blocks
 from .._decompose import certificate, svd
-from .._numerics import abs2, cond, largest_entry, mm, native_batch, where_matrix
+from .._numerics import abs2, cond, identity_like, largest_entry, mm, native_batch, where_matrix
 from .._reduce import cholesky, factors, lanes, orthonormal, scaled
 from . import seminormal
 
@@ -123,7 +123,10 @@ def reducer(driver: str, adjoint: bool) -> Callable[..., Reduced]:
         accepted = gram.accepted
         if driver != "gels":
             accepted = accepted & certificate.full_rank(gram.condition, rcond)
-        gram = gram._replace(accepted=accepted | ~finite)
+        # Where it is not accepted it is still computed with: nothing in it may overflow.
+        accepted = accepted | ~finite
+        harmless = (where_matrix(accepted, x, identity_like(x)) for x in (gram.inverse, gram.triangle))
+        gram = gram._replace(inverse=next(harmless), triangle=next(harmless), accepted=accepted)
 
         def careful():
             q, r = factors(t)

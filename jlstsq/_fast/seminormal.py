@@ -22,6 +22,8 @@ from .._reduce.cholesky import Gram
 
 # theta^16 is below eps.
 _CORRECTIONS = 16
+# theta is at most 0.1, and rounding adds little.
+_REFUTED = 0.3
 
 
 def _norms(a: jax.Array) -> jax.Array:
@@ -39,19 +41,21 @@ def _corrected(gram: Gram, start: tuple, correct: Callable) -> tuple[tuple, jax.
     eps = jnp.finfo(theta.dtype).eps
 
     def going(state):
-        count, _, done = state
+        count, _, done, _ = state
         return (count < _CORRECTIONS) & ~done.all()
 
     def step(state):
-        count, now, done = state
+        count, now, done, small = state
         new, norm, size = correct(*now)
         now = jax.tree.map(lambda a, b: jnp.where(done[..., None, :], a, b), now, new)
-        # NaN is done: its column stays NaN
-        return count + 1, now, done | ~(theta * norm > 2 * eps * size)
+        # A correction that large refutes the bound. NaN is done: its column stays NaN.
+        small = small & (done | ~(norm > _REFUTED * size))
+        return count + 1, now, done | ~(theta * norm > 2 * eps * size), small
 
     done = ~gram.accepted[..., None] & jnp.ones(start[0].shape[-1], bool)
-    _, now, done = lax.while_loop(going, step, varying((0, start, done)))
-    return now, done
+    start = (0, start, done, jnp.ones_like(done))
+    _, now, done, small = lax.while_loop(going, step, varying(start))
+    return now, done & small
 
 
 def augmented(
@@ -62,9 +66,13 @@ def augmented(
     f or g None: zero. With g = 0 y is T^+ f and v its residual, with f = 0 v is T^+H g.
     """
 
+    def adjoint_times(v):
+        """T^H v; with few columns XLA on CPU sums the second form less accurately, and no faster."""
+        return mm(H(t), v) if t.shape[-1] < 8 else H(mm(H(v), t))
+
     def rest(v):
         """R^-H D (T^H v - g): what is left of the second equation."""
-        parts = [] if v is None else [H(mm(H(v), t))]
+        parts = [] if v is None else [adjoint_times(v)]
         parts += [] if g is None else [-g]
         return mm(H(gram.inverse), sum(parts[1:], parts[0]))
 

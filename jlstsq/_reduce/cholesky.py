@@ -21,6 +21,8 @@ from .._numerics import H, cond, frobenius, identity_like, mm, norm2_bound, vary
 _CONTRACTION = 0.1
 # Products sum in blocks of at most about this many terms, then over the blocks.
 _BLOCK = 512
+# XLA on CPU does not for so few columns: one running sum over all rows, wrong by 1e-4 at 1e6 rows of float32.
+_FEW = 3
 # Rows at a time, where the product of the whole would be slow.
 _ROWS = 2000
 # Condition number of R1 from which the explicit R1^-1 costs a digit.
@@ -95,6 +97,13 @@ def product(t: jax.Array, rows_apart: bool = False) -> jax.Array:
     def plain(t):
         return mm(H(t), t)
 
+    def summed(t):
+        whole = m // _BLOCK * _BLOCK
+        blocks = t[:whole].reshape(-1, _BLOCK, p)
+        return plain(blocks).sum(0) + plain(t[whole:])
+
+    if t.ndim == 2 and p <= _FEW and m > _BLOCK:
+        return summed(t)
     if t.ndim > 2 and not rows_apart:
         return lax.platform_dependent(t, cpu=lambda t: mm(lax.optimization_barrier(H(t)), t), default=plain)
     if t.ndim == 2 and t.dtype == jnp.float64 and not rows_apart and p > 64:
@@ -136,8 +145,8 @@ def factor(t: jax.Array, rows_apart: bool = False) -> Gram:
 
 
 def _harmful(gram: Gram) -> jax.Array:
-    """Whether some condition number of R1 costs digits in what is only R1 to a product's accuracy."""
-    return (gram.accepted & (gram.inverse_norm > _HARMLESS)).any()
+    """Where the condition number of R1 costs digits in what is only R1 to a product's accuracy."""
+    return gram.accepted & (gram.inverse_norm > _HARMLESS)
 
 
 def _nearly_orthonormal(t: jax.Array, gram: Gram) -> jax.Array:
@@ -145,20 +154,23 @@ def _nearly_orthonormal(t: jax.Array, gram: Gram) -> jax.Array:
 
     That of the product with the inverse grows with the condition number; corrected once, it does not.
     """
+    harmful = _harmful(gram)
 
     def correct(_, z):
-        return z + mm(t - mm(z, gram.triangle), gram.inverse)
+        return where_matrix(harmful, z + mm(t - mm(z, gram.triangle), gram.inverse), z)
 
-    return lax.fori_loop(0, _harmful(gram).astype(int), correct, mm(t, gram.inverse))
+    return lax.fori_loop(0, harmful.any().astype(int), correct, mm(t, gram.inverse))
 
 
 def triangle(t: jax.Array, gram: Gram) -> jax.Array:
     """R of T, where accepted; with a condition number near one the first R is as good as the second."""
+    harmful = _harmful(gram)
 
     def second():
-        return mm(H(cholesky(product(_nearly_orthonormal(t, gram)))), gram.triangle)
+        r = mm(H(cholesky(product(_nearly_orthonormal(t, gram)))), gram.triangle)
+        return where_matrix(harmful, r, gram.triangle)
 
-    return cond(_harmful(gram), second, lambda: gram.triangle, t)
+    return cond(harmful.any(), second, lambda: gram.triangle, t)
 
 
 def orthonormal(t: jax.Array, gram: Gram) -> tuple[jax.Array, jax.Array]:

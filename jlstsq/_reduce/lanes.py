@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._numerics import abs2, reflector, varying
+from .._numerics import abs2, largest_entry, power_of_two, reflector, varying
 
 # A block stays in the cache, and small: XLA on CPU (jax 0.10.2) gives wrong numbers for a fused
 # product and sum over 8192 float32 lanes or more.
@@ -65,9 +65,18 @@ def _reduced(p: int, w: jax.Array) -> jax.Array:
     return _loop(p, lambda j, w: _reflect(j, w)[0], w)
 
 
+def _unit(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """W (m, columns, lanes) with its columns scaled to order one, and the powers of two (columns, lanes).
+
+    What is left of a column after some reflections may be eps times smaller, and is squared.
+    """
+    up, down = power_of_two(largest_entry(w, 0)[0])
+    return w * down.astype(w.dtype), up
+
+
 def _factor(t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Q (lanes, m, p) and R of one block T (lanes, m, p)."""
-    w = jnp.moveaxis(t, 0, -1)
+    w, up = _unit(jnp.moveaxis(t, 0, -1))
     p = w.shape[1]
 
     def forward(j, state):
@@ -84,7 +93,7 @@ def _factor(t: jax.Array) -> tuple[jax.Array, jax.Array]:
     w, vectors, taus = _loop(p, forward, start, t)
     eye = jnp.broadcast_to(jnp.eye(*w.shape[:2], dtype=w.dtype)[..., None], w.shape)
     q = _loop(p, backward, eye, t)
-    return jnp.moveaxis(q, -1, 0), jnp.moveaxis(w[:p], -1, 0)
+    return jnp.moveaxis(q, -1, 0), jnp.moveaxis(w[:p] * up.astype(w.dtype), -1, 0)
 
 
 def _substitute(r: jax.Array, c: jax.Array, adjoint: bool = False) -> jax.Array:
@@ -126,7 +135,7 @@ def _singular_values(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     i, j = (jnp.array(x) for x in np.triu_indices(p, 1))
 
     def sweep(state):
-        count, columns, _ = state
+        count, columns, before = state
 
         def pair(n, state):
             columns, largest = state
@@ -134,8 +143,10 @@ def _singular_values(a: jax.Array) -> tuple[jax.Array, jax.Array]:
             return columns.at[i[n]].set(x).at[j[n]].set(y), jnp.maximum(largest, cosine)
 
         start = (columns, jnp.zeros(lanes, a.real.dtype))
-        columns, largest = _loop(i.shape[0], pair, start)
-        return count + 1, columns, largest
+        new, angle = _loop(i.shape[0], pair, start)
+        # A lane that is done stays as it is, whatever its neighbours need.
+        done = before <= small
+        return count + 1, jnp.where(done, columns, new), jnp.where(done, before, angle)
 
     def going(state):
         count, _, largest = state
@@ -150,30 +161,35 @@ def _block(adjoint: bool, spectrum: bool, t: jax.Array, b: jax.Array) -> Lanes:
     """The results of one block of matrices, T (lanes, m, p) and b (lanes, rows, k)."""
     t, b = jnp.moveaxis(t, 0, -1), jnp.moveaxis(b, 0, -1)
     p = t.shape[1]
-    w = t if adjoint else jnp.concatenate([t, b], axis=1)
-    w = _reduced(p, w)
+    # T = T_s D: x = D^-1 R_s^-1 Q^H b, and T^+H b = T_s (R_s^H R_s)^-1 D^-1 b.
+    t, d = _unit(t)
+    rows = d[:, None].astype(t.dtype)
+    w = _reduced(p, t if adjoint else jnp.concatenate([t, b], axis=1))
     r = w[:p, :p]
     eye = jnp.broadcast_to(jnp.eye(p, dtype=r.dtype)[..., None], r.shape)
     inverse = _substitute(r, eye)
-    squares = abs2(r).sum(0)
-    columns = jnp.sqrt(squares)
+    columns = jnp.sqrt(abs2(r).sum(0))
     if adjoint:
-        y = _substitute(r, _substitute(r, b, adjoint=True))
+        y = _substitute(r, _substitute(r, b / rows, adjoint=True))
         x = (t[:, :, None] * y).sum(1)
-        rho = jnp.zeros(b.shape[1:], squares.dtype)
+        rho = jnp.zeros(b.shape[1:], columns.dtype)
     else:
-        x = _substitute(r, w[:p, p:])
+        x = _substitute(r, w[:p, p:]) / rows
         rho = abs2(w[p:, p:]).sum(0)
-    inverse_size = abs(inverse)
+    dependence = (columns[:, None] * abs(inverse)).sum(0).max(0)
+    columns, inverse_size = columns * d, abs(inverse) / d[:, None]
+    squares = columns**2
     s, converged = jnp.zeros_like(columns), jnp.ones(t.shape[-1:], bool)
     if spectrum:
-        s, converged = _singular_values(r)
+        largest = d.max(0)
+        s, converged = _singular_values(r * (d / largest).astype(r.dtype))
+        s = s * largest
     out = Lanes(
         solution=x,
         residuals=rho,
         squares=squares,
         condition=jnp.sqrt(squares.sum(0)) * jnp.sqrt((inverse_size**2).sum((0, 1))),
-        dependence=(columns[:, None] * inverse_size).sum(0).max(0),
+        dependence=dependence,
         singular_values=s,
         converged=converged,
     )
