@@ -167,11 +167,12 @@ for shape in ((4, 6, 3), (4, 40, 12)):
         specs = (spec, PartitionSpec())
         sharded = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=specs))
         pairs = zip(sharded(A, B[0]), gradient(A, B[0]), strict=True)
-        assert all(np.allclose(x, y, rtol=1e-9, atol=1e-12) for x, y in pairs)
+        # gels: NaN from the dependent element, in the sum of both
+        assert all(np.allclose(x, y, rtol=1e-9, atol=1e-12, equal_nan=True) for x, y in pairs)
 """
 
 
 @pytest.mark.slow
 def test_shard_map():
     """A batch over two devices, with its checks of varying axes; devices are counted at start."""
-    subprocess.run([sys.executable, "-c", SHARDED], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", SHARDED], check=True, timeout=900)
