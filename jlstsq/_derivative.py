@@ -26,8 +26,9 @@ differentiates the equations, to any order and in any mode.
        Z - D^H D Z K = N_w (T'^H B^+H + D^H T' w K).
 
    (With Q L = B, Y the motion of Q: Y L = N (T' w + D Z), Z L^H = N_w (T'^H Q + D^H Y); Y is
-   eliminated, and D^H N = D^H.) D is an expression in T and w also where it is zero, because its
-   derivative is not: without it the Hessian of a rank-deficient problem is wrong. The equation
+   eliminated, and D^H N = D^H.) D = T N_w (gelsy: T - B J) is an expression in T and w, applied to
+   vectors and never formed, also where it is zero, because its derivative is not: without it the
+   Hessian of a rank-deficient problem is wrong. The equation
    divides only by 1 - s_j^2 / s_i^2, j dropped and i kept: never by a gap among kept ones.
 
    One form serves both. With w an orthonormal basis of the row space of T_k and F = T_k w,
@@ -67,7 +68,8 @@ differentiates the equations, to any order and in any mode.
 
 The system of 1 is solved with the factors, or by products with T and the Cholesky factor of its Gram
 matrix, where a bound proves that its corrections converge (`_fast.seminormal`); the equations that are
-differentiated are the same.
+differentiated are the same. Where nothing is truncated its solution comes with the factors
+(`_factors`, `solved`), and only derivatives are solved for.
 
 Without weights and ridge everything is stated for the tall T; a wide A is T^H, its problem the adjoint.
 """
@@ -81,10 +83,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._autodiff import switch
-from ._decompose import Decision
+from ._decompose import Cut, Decision, expand
 from ._fast import seminormal
 from ._library import eigh, qr, triangular_solve
-from ._numerics import H, abs2, any_of, identity_like, mm, pick, where_matrix
+from ._numerics import H, abs2, any_of, identity_like, mm, pick, power_of_two, where_matrix
 from ._reduce import scaled
 from ._reduce.cholesky import Gram
 
@@ -98,15 +100,18 @@ class Factors(NamedTuple):
     t: jax.Array  # (*batch, m, n); wide only where there are weights or a ridge
     q: jax.Array  # (*batch, m, p), (*batch, n, p) where T is wide
     r: jax.Array  # (*batch, p, p)
-    decision: Decision
+    decision: Any  # `Decision`, or a `Cut` that tells it
     weights: jax.Array | None = None  # (*batch, m)
     ridge: jax.Array | None = None  # (*batch)
     # (left, r): the kept core is left r, see `core_factors`; not needed where nothing is truncated
     core: tuple[jax.Array, jax.Array] | None = None
-    # where it is accepted (plain problems) the seminormal equations are as good as Q, and q holds T
+    # where it is accepted (plain problems) the seminormal equations are as good as Q, and q is nothing
     gram: Gram | None = None
-    # (*batch) a power of two: everything else, and all results, are for `down` t in the place of T
+    # (*batch) a power of two: everything else, and all results, are for `down` t in the place of T;
+    # 1 where the Gram matrix is accepted
     down: jax.Array | None = None
+    # (v, y) of the right-hand sides that are solved for, where nothing is truncated
+    solved: tuple[jax.Array, jax.Array] | None = None
 
     @property
     def wide(self) -> bool:
@@ -121,6 +126,12 @@ class Factors(NamedTuple):
         if self.down is None:
             return self
         return self._replace(t=scaled(self.t, self.down), down=None)
+
+    def expanded(self, driver: str) -> "Factors":
+        """The same with the factors of the kept part: in the branch that needs them."""
+        if not isinstance(self.decision, Cut):
+            return self
+        return self._replace(decision=lax.stop_gradient(expand(driver, self.r, self.decision)))
 
 
 # Terms from which a sum in single precision has lost digits, and a correction brings them back.
@@ -138,8 +149,11 @@ def root(weights: jax.Array | None) -> jax.Array | None:
 
 
 def adjoint_times(q: jax.Array, b: jax.Array) -> jax.Array:
-    """Q^H b, as (b^H Q)^H: XLA on CPU reads a tall Q row by row, which the other form does not."""
-    return H(mm(H(b), q))
+    """Q^H b, for few columns as (b^H Q)^H: XLA on CPU then reads a tall Q row by row.
+
+    For as many as Q has the transpose of b would be one more array of its size.
+    """
+    return mm(H(q), b) if b.shape[-1] >= q.shape[-1] else H(mm(H(b), q))
 
 
 class FullRank(NamedTuple):
@@ -150,13 +164,13 @@ class FullRank(NamedTuple):
     """
 
     f: jax.Array  # (*batch, m, columns), differentiable
-    q: jax.Array
+    q: Any  # None: the Gram matrix of every element is accepted
     r: jax.Array
     left: jax.Array | None = None
     kept: jax.Array | None = None  # (*batch, columns) bool
     weights: jax.Array | None = None
     ridge: jax.Array | None = None
-    gram: Gram | None = None  # of F, accepted: then q is F
+    gram: Gram | None = None  # of F; where it is accepted q is not used
 
     def constants(self) -> "FullRank":
         return jax.tree.map(lax.stop_gradient, self)
@@ -178,13 +192,19 @@ class FullRank(NamedTuple):
         return triangular_solve(self.r, triangular_solve(self.r, g, adjoint=True))
 
     def solve(self, f: jax.Array, g: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """(v, y): by products with F where its Gram matrix is enough, else from the factors.
+        """(v, y): by products with F where its Gram matrix is enough, else from the factors."""
+        if self.gram is None:
+            return self._by_factors(f, g)
+        by_products = seminormal.augmented(self.f, self.gram, f, g)[:2]
+        if self.q is None:
+            return by_products
+        return jax.tree.map(partial(pick, self.gram.accepted), by_products, self._by_factors(f, g))
 
-        Rows of very different weight make q^H W^(1/2) f as inaccurate as the heaviest of them; the
-        residual of a first solution does not have this, and one correction brings full accuracy.
+    def _by_factors(self, f: jax.Array, g: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Rows of very different weight make q^H W^(1/2) f as inaccurate as the heaviest of them.
+
+        The residual of a first solution does not have this, and one correction brings full accuracy.
         """
-        if self.gram is not None:
-            return seminormal.augmented(self.q, self.gram, f, g)[:2]
         small = 0 if g is None else triangular_solve(self.r, g, adjoint=True)
         c = self.project(f) - small
         y = triangular_solve(self.r, c)
@@ -244,47 +264,95 @@ def augmented(problem: FullRank, f: jax.Array, g: jax.Array) -> tuple[jax.Array,
 
 
 @jax.custom_jvp
-def kept_basis(t, weights, w, problem, s, kept, full):
+def solved(problem: FullRank, f: jax.Array, g: jax.Array, v: jax.Array, y: jax.Array):
+    """(v, y), found before, as the solution of `augmented`: to solve once more for its derivative is waste.
+
+    Without weights and ridge.
+    """
+    return v, y
+
+
+def _solved_rule(primals, tangents):
+    problem, f, g, *_ = primals
+    problem_dot, f_dot, g_dot, *_ = tangents
+    v, y = solved(*primals)
+    still = jax.custom_derivatives.SymbolicZero
+    f_dot, g_dot = (
+        jnp.zeros_like(a) if isinstance(a_dot, still) else a_dot for a, a_dot in ((f, f_dot), (g, g_dot))
+    )
+    if not isinstance(problem_dot.f, still):
+        f_dot, g_dot = f_dot - mm(problem_dot.f, y), g_dot - mm(H(problem_dot.f), v)
+    return (v, y), augmented(problem, f_dot, g_dot)
+
+
+solved.defjvp(_solved_rule, symbolic_zeros=True)
+
+
+def _outside(w: jax.Array, a: jax.Array) -> jax.Array:
+    """N_w a = a - w w^H a, zero exactly where w is the identity."""
+    return a - mm(w, mm(H(w), a))
+
+
+def _in_halves(product: Callable, down: jax.Array | None, z: jax.Array) -> jax.Array:
+    """`product` of z for `down` t in the place of t: half of the scale before, half after, so no overflow."""
+    if down is None:
+        return product(z)
+    before, _ = power_of_two(jnp.sqrt(down))
+    before, after = (x[..., None, None].astype(z.dtype) for x in (before, down / before))
+    return product(z * before) * after
+
+
+def _times(t: jax.Array, down: jax.Array | None, z: jax.Array) -> jax.Array:
+    """T z for T = `down` t, without that array."""
+    return _in_halves(partial(mm, t), down, z)
+
+
+def _adjoint_times(t: jax.Array, down: jax.Array | None, v: jax.Array) -> jax.Array:
+    """T^H v, the same."""
+    return _in_halves(partial(adjoint_times, t), down, v)
+
+
+@jax.custom_jvp
+def kept_basis(t, weights, w, problem, s, kept, dropped, down):
     """w, an orthonormal basis of the kept right singular vectors of W^(1/2) T, as a function of T and W.
 
-    `problem` holds the factors of W^(1/2) T w, s its singular values.
+    T is `down` t. `problem` holds the factors of W^(1/2) T w, s its singular values; `dropped` has the
+    Gram matrix D^H W D, D = T N_w.
     """
     return w
 
 
 @kept_basis.defjvp
 def _kept_basis_rule(primals, tangents):
-    t, weights, w, problem, s, kept, full = primals
+    t, weights, w, problem, s, kept, dropped, down = primals
     t_dot, weights_dot = tangents[:2]
     w = kept_basis(*primals)
     columns = kept[..., None, :]
-    b = mm(t, w)
-    d = where_matrix(full, jnp.zeros_like(t), t - mm(b, H(w)))
+    b = _times(t, down, w)
     size = w.shape[-1]
     eye = jnp.broadcast_to(jnp.eye(size, dtype=w.dtype), (*w.shape[:-2], size, size))
     b_k, k = augmented(problem._replace(f=b, weights=weights), jnp.zeros_like(b), eye)
     k = jnp.where(columns, -k, 0)
 
-    def project(a):  # N_w a
-        return a - mm(w, mm(H(w), a))
-
-    inner = weigh(weights, mm(t_dot, mm(w, k)))
+    inner = weigh(weights, _times(t_dot, down, mm(w, k)))
     if weights is not None:
         inner = inner + weigh(weights_dot, b_k)
-    rhs = project(mm(H(t_dot), weigh(weights, b_k)) + mm(H(d), inner))
+    rhs = _adjoint_times(t_dot, down, weigh(weights, b_k)) + _adjoint_times(t, down, inner)
+    rhs = _outside(w, rhs)
 
     def matvec(z):
-        return z - mm(project(mm(H(d), weigh(weights, mm(d, z)))), k)
+        # D z = T N_w z: no array of T's size.
+        d_z = weigh(weights, _times(t, down, _outside(w, z)))
+        return z - mm(_outside(w, _adjoint_times(t, down, d_z)), k)
 
     # Solved in the basis of the dropped right singular vectors, where D^H W D and K are diagonal.
-    d0 = weigh(root(weights), lax.stop_gradient(d))
-    if d0.shape[-2] < d0.shape[-1]:
-        eigenvalues, u = eigh(mm(d0, H(d0)))
+    if dropped.shape[-2] < dropped.shape[-1]:
+        eigenvalues, u = eigh(mm(dropped, H(dropped)))
         nonzero = eigenvalues > 0
         inverse = jnp.where(nonzero, 1 / jnp.sqrt(jnp.where(nonzero, eigenvalues, 1)), 0)
-        v = mm(H(d0), u) * inverse[..., None, :].astype(u.dtype)
+        v = mm(H(dropped), u) * inverse[..., None, :].astype(u.dtype)
     else:
-        eigenvalues, v = eigh(mm(H(d0), d0))
+        eigenvalues, v = eigh(mm(H(dropped), dropped))
     ratio = jnp.where(columns, eigenvalues[..., :, None] / (s**2)[..., None, :], 0)
     # Separated by the cut; the floor only keeps a cut through a rounding-level tie finite.
     gap = jnp.maximum(1 - ratio, jnp.finfo(s.dtype).eps)
@@ -319,19 +387,19 @@ def _range_basis_rule(primals, tangents):
 
 
 @jax.custom_jvp
-def squared_residual(t, f, x, v, d, weights=None, ridge=None):
-    """r^H W r, columns of v = f - T x; T^H W v = ridge x + D^H W v, D the dropped part (None: zero)."""
+def squared_residual(t, f, x, v, d_v, weights=None, ridge=None):
+    """r^H W r, columns of v = f - T x; T^H W v = ridge x + d_v, d_v = D^H W v (None: zero)."""
     return weigh(weights, abs2(v)).sum(-2)
 
 
 @squared_residual.defjvp
 def _squared_residual_rule(primals, tangents):
-    _, _, x, v, d, weights, ridge = primals
+    _, _, x, v, d_v, weights, ridge = primals
     t_dot, f_dot, x_dot, _, _, weights_dot, _ = tangents
     weighted = weigh(weights, v)
     inner = (weighted.conj() * (f_dot - mm(t_dot, x))).sum(-2)
-    if d is not None:
-        inner = inner - (mm(H(d), weighted).conj() * x_dot).sum(-2)
+    if d_v is not None:
+        inner = inner - (d_v.conj() * x_dot).sum(-2)
     if ridge is not None:
         inner = inner - ridge[..., None].astype(x.dtype) * (x.conj() * x_dot).sum(-2)
     out = 2 * inner.real
@@ -374,19 +442,42 @@ class Problem(NamedTuple):
 
     full_rank: FullRank
     t: jax.Array
-    w: jax.Array | None  # (*batch, n, p), None: the identity
-    d: jax.Array | None  # None: zero
+    down: jax.Array | None  # T is `down` t
+    w: Any  # (*batch, n, p), None: the identity
+    j: tuple[jax.Array, jax.Array] | None  # B and J with D = T - B J; None: D = T N_w
+    solved: tuple[jax.Array, jax.Array] | None = None
+
+    def dropped(self, x: jax.Array) -> jax.Array:
+        """D x."""
+        if self.j is None:
+            return _times(self.t, self.down, _outside(self.w, x))
+        base, j = self.j
+        return _times(self.t, self.down, x) - mm(base, mm(j, x))
+
+    def dropped_adjoint(self, v: jax.Array) -> jax.Array:
+        """D^H v."""
+        d_v = _adjoint_times(self.t, self.down, v)
+        if self.j is None:
+            return _outside(self.w, d_v)
+        base, j = self.j
+        return d_v - mm(H(j), adjoint_times(base, v))
+
+    def augmented(self, f: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(v, y) of the right-hand sides that are solved for, known or not."""
+        if self.solved is None:
+            return augmented(self.full_rank, f, g)
+        return solved(self.full_rank, f, g, *self.solved)
 
 
 def _by_gram(factors: Factors) -> Problem:
-    """Nothing truncated, T tall and its Gram matrix accepted: F = T."""
+    """Nothing truncated, T tall and every Gram matrix accepted: F = T."""
     t = factors.t
-    return Problem(FullRank(t, factors.q, factors.r, gram=factors.gram), t, None, None)
+    return Problem(FullRank(t, None, factors.r, gram=factors.gram), t, None, None, None, factors.solved)
 
 
 def _full(factors: Factors) -> Problem:
     """Nothing truncated, T tall: F = T."""
-    t, q, r, decision, weights, ridge, core, *_ = factors
+    t, q, r, decision, weights, ridge, core, gram, *_ = factors
     left = None
     if not factors.plain and core is not None:
         left, r = core
@@ -394,12 +485,12 @@ def _full(factors: Factors) -> Problem:
     # replaced, and 0 * inf would reach its gradient all the same.
     regular = decision.full & decision.usable
     r = where_matrix(regular, r, identity_like(r))
-    return Problem(FullRank(t, q, r, left, None, weights, ridge), t, None, None)
+    return Problem(FullRank(t, q, r, left, None, weights, ridge, gram), t, None, None, None, factors.solved)
 
 
 def _truncated(driver: str, factors: Factors) -> Problem:
-    """The kept part. Tall elements of full rank have w = I exactly."""
-    t, q, r, decision, weights, ridge, core, *_ = factors
+    """The kept part. Tall elements of full rank have w = I exactly, and with it F = T."""
+    t, q, r, decision, weights, ridge, core, gram, down, _ = factors
     e, r_e, u, _, w, kept = decision.kept
     full, wide = decision.full, factors.wide
 
@@ -414,20 +505,23 @@ def _truncated(driver: str, factors: Factors) -> Problem:
     if driver in ("gelsd", "gelss"):
         s = abs(jnp.diagonal(decision.kept.l, axis1=-2, axis2=-1))
         without = core if ridge is None else core_factors(r, decision, wide)
-        constants = lax.stop_gradient((mm(q, u) if wide else w, full_rank(q, without, None), s))
-        basis = kept_basis(t, weights, *constants, kept, full)
-        f = mm(t, basis)
+        basis = mm(q, u) if wide else w
+        # W^(1/2) D = W^(1/2) T N_w = Q R N_w, R^H Q^H N_w where T is wide
+        dropped = H(_outside(basis, mm(q, r) if wide else H(r)))
+        constants = (basis, full_rank(q, without, None), s, kept, dropped, down)
+        basis = kept_basis(t, weights, *lax.stop_gradient(constants))
+        f, parts = _times(t, down, basis), None
     elif wide:
         basis = range_basis(mm(H(t), e), lax.stop_gradient(mm(q, u)), kept)
-        f = mm(t, basis)
+        f, parts = mm(t, basis), None
     else:
-        base = mm(t, e)
-        d, j = augmented(FullRank(base, q, r_e, u, kept, weights), t, jnp.zeros_like(r))
+        base = _times(t, down, e)
+        all_columns = FullRank(base, q, r_e, u, kept, weights)
+        _, j = augmented(all_columns, scaled(t, down), jnp.zeros_like(r))
         j = where_matrix(full, identity_like(j), j)
-        d = where_matrix(full, jnp.zeros_like(d), d)
         basis = range_basis(H(j), w, kept)
-        return Problem(full_rank(mm(base, mm(j, basis)), core, ridge), t, basis, d)
-    return Problem(full_rank(f, core, ridge), t, basis, t - mm(f, H(basis)))
+        f, parts = mm(base, mm(j, basis)), (base, j)
+    return Problem(full_rank(f, core, ridge)._replace(gram=gram), t, down, basis, parts)
 
 
 def with_problem(driver: str, fun: Callable[..., Any], factors: Factors, *operands: jax.Array) -> Any:
@@ -435,33 +529,26 @@ def with_problem(driver: str, fun: Callable[..., Any], factors: Factors, *operan
 
     The batch, also that of a user's vmap, takes one branch: that of its worst element. Where all Gram
     matrices are enough, or nothing is truncated, the cost is that of a few products with T. But each
-    element has the result that it would have alone.
+    element is solved as it would be alone.
     """
 
     def by_gram(factors, *operands):
-        return fun(_by_gram(factors.scaled()), *operands)
+        return fun(_by_gram(factors), *operands)
 
     def whole(factors, *operands):
         return fun(_full(factors.scaled()), *operands)
 
     def truncated(factors, *operands):
-        return fun(_truncated(driver, factors.scaled()), *operands)
-
-    def first_of(flags, one, other):
-        def both(factors, *operands):
-            pairs = one(factors, *operands), other(factors, *operands)
-            return jax.tree.map(partial(pick, flags(factors)), *pairs)
-
-        return both
+        return fun(_truncated(driver, factors.expanded(driver)), *operands)
 
     if factors.wide:
         return truncated(factors, *operands)
     branches, index = [whole], jnp.zeros((), int)
     if driver != "gels":
-        branches.append(first_of(lambda f: f.decision.full, whole, truncated))
+        branches.append(truncated)
         index = any_of(~factors.decision.full).astype(int)
     if factors.gram is not None:
-        branches = [by_gram, *(first_of(lambda f: f.gram.accepted, by_gram, other) for other in branches)]
+        branches = [by_gram, *branches]
         index = jnp.where(any_of(~factors.gram.accepted), 1 + index, 0)
     return switch(index, branches, factors, *operands)
 
@@ -480,17 +567,20 @@ def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool):
     wide = factors.wide
 
     def apply(problem: Problem, b: jax.Array):
-        full_rank, t, w, d = problem
+        full_rank, t, down, w, *_ = problem
         weights = full_rank.weights
         f = full_rank.f
         if adjoint:
-            v, _ = augmented(full_rank, _zeros(f, f.shape[-2], b), b if w is None else mm(H(w), b))
+            v, _ = problem.augmented(_zeros(f, f.shape[-2], b), b if w is None else mm(H(w), b))
             return weigh(weights, v), None
-        v, y = augmented(full_rank, b, _zeros(f, f.shape[-1], b))
+        v, y = problem.augmented(b, _zeros(f, f.shape[-1], b))
         x = y if w is None else mm(w, y)
         # D x is zero for the SVD, but not its derivative.
-        v = v if d is None else v - mm(d, x)
-        return x, None if wide else squared_residual(t, b, x, v, d, weights, full_rank.ridge)
+        d_v = None
+        if w is not None:
+            v = v - problem.dropped(x)
+            d_v = None if wide else problem.dropped_adjoint(weigh(weights, v))
+        return x, None if wide else squared_residual(scaled(t, down), b, x, v, d_v, weights, full_rank.ridge)
 
     return with_problem(driver, apply, factors, b)
 

@@ -506,7 +506,7 @@ class Factorization:
             factors = lax.cond(full, core, lambda: (decision.kept.u, r))
         if self.driver == "gels":
             test = r if ridge is None else derivative.core_factors(r, decision, False, scaled)[1]
-            usable = decider("gels")(test, jnp.zeros_like(self.size[0]), self.valid, ~self.valid).usable
+            usable = decider("gels")(test, jnp.zeros_like(self.size[0]), self.valid).usable
             decision = decision._replace(usable=usable)
         return dataclasses.replace(self, ridge=ridge, decision=decision, core=factors)
 
@@ -597,14 +597,14 @@ def _reduce(driver: str, dtype: Any, a: jax.Array, weights: jax.Array | None, rc
     t = H(t) if m < n else t
     if not a.size:
         q, r, kept = t, jnp.zeros((*batch, p, p), a.dtype), jnp.zeros((*batch, p), bool)
-        decision = Decision.of(Kept(r, r, r, r, r, kept), jnp.ones(batch, bool), jnp.ones(batch, bool))
+        decision = Decision(Kept(r, r, r, r, r, kept), jnp.ones(batch, bool), jnp.ones(batch, bool))
     else:
         if weights is None:
             q, r = orthonormal(t)
         else:
             q, r, order = graded.orthonormal(t, valid)
         r = where_matrix(valid, r, identity_like(r))
-        decision = decider(driver)(r, rcond, valid, ~valid)
+        decision = decider(driver)(r, rcond, valid)
     if driver != "gels":
         valid = valid & ~jnp.isnan(rcond)
     return Factorization(

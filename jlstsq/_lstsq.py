@@ -10,12 +10,12 @@ from jax import lax
 from . import _arguments as arguments
 from . import _derivative as derivative
 from ._autodiff import differentiated_as
-from ._decompose import decider
 from ._factorization import factorize
-from ._fast import reducer, triplets
+from ._factors import factorise, triplets
 from ._numerics import H, abs2, varying
+from ._reduce import scaled as t_scaled
 from ._result import LstsqResult
-from ._scaling import good, scale, unscale
+from ._scaling import Scaled, good, scale_columns, unscale
 from ._values import values
 
 
@@ -124,20 +124,17 @@ def lstsq(
 
 def _differentiable(driver: str, wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):
     """The same as `values`, written so that JAX can differentiate it to any order."""
-    scaled = scale(t, b)
-    constant, down = lax.stop_gradient(t), scaled.t_size[1]
-    reduced = reducer(driver, wide)(constant, rcond, scaled.t_finite, down)
-    q, r, gram = reduced
-    proven = jnp.zeros_like(scaled.t_finite) if gram is None else gram.accepted
-    decision = decider(driver)(r, rcond, scaled.t_finite, proven)
-    factors = derivative.Factors(t, q, r, decision, gram=gram, down=down)
-    x, rho = derivative.solve(driver, factors, scaled.b, adjoint=wide)
-    s = jnp.zeros(r.shape[:-1], scaled.t_size[0].dtype)
+    b, b_size, b_finite = scale_columns(b)
+    factored = lax.stop_gradient(factorise(driver, wide)(lax.stop_gradient(t), rcond, lax.stop_gradient(b)))
+    x, rho = derivative.solve(driver, factored.factors(t), b, adjoint=wide)
+    t_size = factored.up, factored.down
+    scaled = Scaled(t_scaled(t, factored.down), b, t_size, b_size, factored.finite, b_finite)
+    s = jnp.zeros(factored.r.shape[:-1], factored.up.dtype)
     if driver in ("gelsd", "gelss"):
-        vectors = lax.stop_gradient(triplets(driver)(lax.stop_gradient(scaled.t), scaled.t_finite, reduced))
+        vectors = lax.stop_gradient(triplets(driver)(lax.stop_gradient(scaled.t), factored))
         _, s, _ = derivative.singular_triplets(scaled.t, *vectors)
-    solved = good(driver, scaled, rcond, decision.usable)
-    return unscale(scaled, x, rho, decision.rank, s, solved)
+    solved = good(driver, scaled, rcond, factored.cut.usable)
+    return unscale(scaled, x, rho, factored.cut.rank, s, solved)
 
 
 def _solve_empty(wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):

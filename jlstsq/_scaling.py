@@ -22,16 +22,16 @@ class Scaled(NamedTuple):
 def scale(t: jax.Array, b: jax.Array) -> Scaled:
     """Scale T per matrix and b per column, exactly, as LAPACK's drivers do near overflow and underflow."""
     t_largest, t_finite = largest_entry(t, (-2, -1))
-    b_largest, b_finite = largest_entry(b, -2)
-    t_size, b_size = power_of_two(t_largest), power_of_two(b_largest)
-    return Scaled(
-        t * t_size[1][..., None, None].astype(t.dtype),
-        jnp.where(b_finite[..., None, :], b, 0) * b_size[1][..., None, :].astype(b.dtype),
-        t_size,
-        b_size,
-        t_finite,
-        b_finite,
-    )
+    t_size = power_of_two(t_largest)
+    b, b_size, b_finite = scale_columns(b)
+    return Scaled(t * t_size[1][..., None, None].astype(t.dtype), b, t_size, b_size, t_finite, b_finite)
+
+
+def scale_columns(b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
+    """B with entries of order one in every column, the scales and their inverses, and where b is finite."""
+    largest, finite = largest_entry(b, -2)
+    size = power_of_two(largest)
+    return jnp.where(finite[..., None, :], b, 0) * size[1][..., None, :].astype(b.dtype), size, finite
 
 
 def unscale(scaled: Scaled, x, rho, rank, s, good):

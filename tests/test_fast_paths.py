@@ -8,7 +8,8 @@ import pytest
 import scipy.linalg
 
 from jlstsq import _fast, factorize, lstsq
-from jlstsq._reduce import householder, sketch
+from jlstsq._factors import factorise
+from jlstsq._reduce import cholesky, householder, sketch
 
 KAPPAS = (1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e8, 1e12)
 
@@ -64,13 +65,14 @@ def test_accepted_gradients_are_right(shape, precision, monkeypatch):
         return np.asarray(jax.jit(jax.vmap(one))(A))
 
     without_q = gradients()
-    accepted = _fast.reducer("gels", not tall)(
-        jnp.asarray(A if tall else A.mT), jnp.zeros(len(A)), jnp.ones(len(A), bool), jnp.ones(len(A), dtype)
+    rhs = np.broadcast_to(b[:, None], (len(A), len(b), 1))
+    accepted = factorise("gels", not tall)(
+        jnp.asarray(A if tall else A.mT), jnp.zeros(len(A), dtype), jnp.asarray(rhs)
     ).gram.accepted
     assert np.asarray(accepted)[:3].all()
     assert not np.asarray(accepted)[-1]
     jax.clear_caches()
-    monkeypatch.setattr(_fast.cholesky, "worthwhile", lambda *_: False)
+    monkeypatch.setattr(cholesky, "worthwhile", lambda *_: False)
     with_q = gradients()
     jax.clear_caches()
     for kappa, good, x, y in zip(KAPPAS, np.asarray(accepted), without_q, with_q, strict=True):

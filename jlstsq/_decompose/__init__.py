@@ -20,31 +20,32 @@ from .kept import Kept
 DRIVERS = ("gels", "gelsy", "gelsd", "gelss")
 
 
-class Decision(NamedTuple):
-    """The kept part of each R of a batch, and where it is everything.
+class Cut(NamedTuple):
+    """The rank decision on each R of a batch, as little as tells the kept part (`expand`).
 
-    The factors of the kept part lie in one array: where nothing is truncated they are passed on
-    without being looked at, and XLA would bring each into the layout of its use.
+    A derivative keeps it, and where nothing is truncated to fill large arrays would be most of the work.
     """
 
-    factors: jax.Array  # (*batch, 5 p, p): e, r, u, l and w of `Kept`
-    mask: jax.Array  # (*batch, p) bool, `kept` of `Kept`
-    full: jax.Array  # (*batch) bool: nothing truncated, so `kept` is not used
+    basis: jax.Array  # gelsy: (*batch, p) the pivots; gelsd, gelss: (*batch, p, p) V; gels: neither
+    mask: jax.Array  # (*batch, p) bool: the first `rank` are True
+    full: jax.Array  # (*batch) bool: nothing truncated
     usable: jax.Array  # (*batch) bool: False where gels must answer NaN
 
     @property
     def rank(self) -> jax.Array:
         return self.mask.sum(-1)
 
-    @property
-    def kept(self) -> Kept:
-        e, r, u, l, w = jnp.split(self.factors, 5, axis=-2)  # noqa: E741
-        return Kept(e, r, u, l, w, self.mask)
 
-    @classmethod
-    def of(cls, kept: Kept, full: jax.Array, usable: jax.Array) -> "Decision":
-        *factors, mask = kept
-        return cls(jnp.concatenate(factors, axis=-2), mask, full, usable)
+class Decision(NamedTuple):
+    """The kept part of each R of a batch, and where it is everything."""
+
+    kept: Kept
+    full: jax.Array  # (*batch) bool: nothing truncated, so `kept` is not used
+    usable: jax.Array  # (*batch) bool: False where gels must answer NaN
+
+    @property
+    def rank(self) -> jax.Array:
+        return self.kept.rank
 
 
 def _truncate(driver: str, r: jax.Array, rcond: jax.Array) -> Kept:
@@ -102,25 +103,69 @@ def _certify(driver: str, r: jax.Array, rcond: jax.Array, ok: jax.Array):
     return safe, certificate.full_rank(certificate.condition(safe, inverse), rcond) | ~ok, everywhere
 
 
+def uncut(driver: str, r: jax.Array) -> Cut:
+    """The decision that keeps everything."""
+    mask = jnp.ones(r.shape[:-1], bool)
+    # gelsy's pivots are few numbers, and so is what stands for them where there are none.
+    index = jnp.broadcast_to(jnp.arange(r.shape[-1]), mask.shape)
+    basis = jnp.zeros_like(r) if driver in ("gelsd", "gelss") else index
+    return Cut(basis, mask, full=mask[..., 0], usable=mask[..., 0])
+
+
+def cut(
+    driver: str, r: jax.Array, rcond: jax.Array, ok: jax.Array, proven: jax.Array
+) -> tuple[jax.Array, Cut]:
+    """R without NaN and Inf, and the derivatives' decision on it, the same as the values'.
+
+    Where `proven`, T is known to be of full rank. One branch for the batch, as in `solve_decided`.
+    """
+    safe, full, usable = _certify(driver, r, rcond, ok)
+    full = full | proven
+    whole = uncut(driver, r)._replace(full=full, usable=usable)
+    if driver == "gels":
+        return safe, whole
+
+    def truncated():
+        if driver == "gelsy":
+            basis, kept = complete_orthogonal.decide(safe, rcond)
+        else:
+            basis, kept = svd.decide(safe, rcond, driver)
+        return Cut(basis, kept | full[..., None], full, usable)
+
+    return safe, cond(full.all(), lambda: whole, truncated, r, rcond)
+
+
+def expand(driver: str, r: jax.Array, cut: Cut) -> Decision:
+    """The decision with the factors of the kept part. Elements of full rank: R = I R I^H."""
+    full = cut.full
+    whole = _whole(where_matrix(full & cut.usable, r, identity_like(r)))
+    if driver == "gels":
+        return Decision(whole, full, cut.usable)
+    rebuild = complete_orthogonal.rebuild if driver == "gelsy" else svd.rebuild
+    kept = jax.tree.map(partial(pick, full), whole, rebuild(r, cut.basis, cut.mask))
+    return Decision(kept, full, cut.usable)
+
+
 @cache
 def decider(driver: str):
-    """The derivatives' path: (R, rcond, ok, proven) -> (kept, full, usable) with the same decisions.
+    """(R, rcond, ok) -> `Decision`, for what keeps it."""
 
-    Where `proven`, T is known to be of full rank.
-    """
+    def decide(r, rcond, ok):
+        safe, decided = cut(driver, r, rcond, ok, ~ok)
+        whole = decided._replace(full=jnp.ones_like(decided.full))
+        out = cond(
+            decided.full.all(),
+            lambda: expand("gels", safe, whole).kept,
+            lambda: expand(driver, safe, decided).kept,
+            r,
+            rcond,
+        )
+        return *out, decided.full, decided.usable
 
-    def decide(r, rcond, ok, proven):
-        safe, full, usable = _certify(driver, r, rcond, ok)
-        full = full | proven
-        whole = _whole(where_matrix(full & usable, safe, identity_like(r)))
-        if driver == "gels":
-            return tuple(Decision.of(whole, full, usable))
+    batched = native_batch(partial(in_blocks, decide), 3, (False,) * 8)
 
-        def truncated():
-            kept = _truncate(driver, safe, rcond)
-            return Decision.of(jax.tree.map(partial(pick, full), whole, kept), full, usable)
+    def call(r, rcond, ok):
+        *kept, full, usable = batched(r, rcond, ok)
+        return Decision(Kept(*kept), full, usable)
 
-        return tuple(cond(full.all(), lambda: Decision.of(whole, full, usable), truncated, r, rcond))
-
-    batched = native_batch(partial(in_blocks, decide), 4, (False,) * 4)
-    return lambda r, rcond, ok, proven: Decision(*batched(r, rcond, ok, proven))
+    return call

@@ -19,20 +19,38 @@ from .pivoted_qr import pivoted_qr
 
 def decompose(r: jax.Array, rcond: jax.Array) -> Kept:
     """The leading part of the pivoted R whose condition estimate stays above the cut."""
-    p = r.shape[-1]
     u, rp, perm = pivoted_qr(r)
-    rank = estimate_rank(rp, rcond)
-    kept = jnp.arange(p) < rank[..., None]
+    return _factors(u, rp, perm, _kept(rp, rcond))
+
+
+def decide(r: jax.Array, rcond: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The pivots, and the mask of those kept."""
+    _, rp, perm = pivoted_qr(r)
+    return perm, _kept(rp, rcond)
+
+
+def rebuild(r: jax.Array, perm: jax.Array, kept: jax.Array) -> Kept:
+    """`decompose`, from what `decide` returned."""
+    u, rp = qr(jnp.take_along_axis(r, perm[..., None, :], axis=-1))
+    return _factors(u, rp, perm, kept)
+
+
+def _kept(rp: jax.Array, rcond: jax.Array) -> jax.Array:
+    return jnp.arange(rp.shape[-1]) < estimate_rank(rp, rcond)[..., None]
+
+
+def _factors(u: jax.Array, rp: jax.Array, perm: jax.Array, kept: jax.Array) -> Kept:
+    """The kept part of R P = U Rp."""
+    p = rp.shape[-1]
     rows, columns = kept[..., :, None], kept[..., None, :]
-    eye = jnp.eye(p, dtype=r.dtype)
+    eye = jnp.eye(p, dtype=rp.dtype)
     # Zero columns stay zero under Householder reflections, so a QR factorisation of the masked
     # [R11 R12]^H is that of its first `rank` columns.
     w, lh = qr(H(jnp.where(rows, rp, 0)))
-    inverse_perm = jnp.argsort(perm, axis=-1)
-    w = jnp.take_along_axis(w, inverse_perm[..., :, None], axis=-2)
+    w = jnp.take_along_axis(w, jnp.argsort(perm, axis=-1)[..., :, None], axis=-2)
     e = (jnp.arange(p)[:, None] == perm[..., None, :]) & columns
     return Kept(
-        e=e.astype(r.dtype),
+        e=e.astype(rp.dtype),
         r=jnp.where(rows & columns, rp, eye),
         u=jnp.where(columns, u, 0),
         l=jnp.where(rows & columns, H(lh), eye),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _library as library
-from .._numerics import H
+from .._numerics import H, mm
 from .kept import Kept
 
 
@@ -26,7 +26,30 @@ def factors(r: jax.Array, driver: str) -> tuple[jax.Array, jax.Array, jax.Array]
 def decompose(r: jax.Array, rcond: jax.Array, driver: str) -> Kept:
     """The part of R above the cut. rcond NaN keeps nothing."""
     u, s, v = factors(r, driver)
-    kept = s > rcond[..., None] * s[..., :1]
+    return _factors(u, s, v, _kept(s, rcond))
+
+
+def decide(r: jax.Array, rcond: jax.Array, driver: str) -> tuple[jax.Array, jax.Array]:
+    """V, and the mask of the values kept."""
+    _, s, v = factors(r, driver)
+    return v, _kept(s, rcond)
+
+
+def rebuild(r: jax.Array, v: jax.Array, kept: jax.Array) -> Kept:
+    """`decompose`, from what `decide` returned: R V = U S is a QR factorisation."""
+    u, rv = library.qr(mm(r, v))
+    signed = jnp.diagonal(rv, axis1=-2, axis2=-1)
+    s = abs(signed)
+    sign = jnp.where(s > 0, signed / jnp.where(s > 0, s, 1).astype(rv.dtype), 1)
+    return _factors(u * sign[..., None, :], s, v, kept)
+
+
+def _kept(s: jax.Array, rcond: jax.Array) -> jax.Array:
+    return s > rcond[..., None] * s[..., :1]
+
+
+def _factors(u: jax.Array, s: jax.Array, v: jax.Array, kept: jax.Array) -> Kept:
+    """The kept part of R = U diag(s) V^H."""
     w = jnp.where(kept[..., None, :], v, 0)
-    diagonal = jnp.where(kept, s, 1)[..., None, :].astype(r.dtype) * jnp.eye(s.shape[-1], dtype=r.dtype)
+    diagonal = jnp.where(kept, s, 1)[..., None, :].astype(u.dtype) * jnp.eye(s.shape[-1], dtype=u.dtype)
     return Kept(e=w, r=diagonal, u=jnp.where(kept[..., None, :], u, 0), l=diagonal, w=w, kept=kept)

@@ -16,7 +16,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._library import cholesky, inverse
-from .._numerics import H, cond, frobenius, identity_like, mm, norm2_bound, varying, where_matrix
+from .._numerics import (
+    H,
+    cond,
+    frobenius,
+    identity_like,
+    largest_entry,
+    mm,
+    norm2_bound,
+    varying,
+    where_matrix,
+)
 
 _CONTRACTION = 0.1
 # Products sum in blocks of at most about this many terms, then over the blocks.
@@ -61,6 +71,12 @@ def in_range(m: int, squares: jax.Array) -> jax.Array:
     """Whether these squared column norms (*batch, p) lost nothing."""
     low, high = range_of(m, squares.dtype)
     return ((squares > low) & (squares < high)).all(-1)
+
+
+def finite(t: jax.Array, squares: jax.Array) -> jax.Array:
+    """Where T is finite. Column norms that are not mean NaN, Inf or an overflow: that costs a pass over T."""
+    known = jnp.isfinite(squares).all(-1)
+    return cond(known.all(), lambda: jnp.ones_like(known), lambda: known | largest_entry(t, (-2, -1))[1], t)
 
 
 def _rounding(m: int, p: int, dtype: Any) -> float:

@@ -1,0 +1,150 @@
+"""What a derivative starts from: the factors of T, the decision on its rank, and the solution.
+
+All of it is constant for the derivative (`_derivative` writes down the equations that are
+differentiated), so it is computed as the values are: from one pass over the data, with a user's vmap on
+the batch, and on CPU a large batch block by block. Where the Gram matrix of T is proven to be enough,
+no Q is formed.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ._blocks import in_blocks
+from ._decompose import Cut, certificate, cut, svd, uncut
+from ._derivative import Factors, FullRank
+from ._numerics import (
+    cond,
+    identity_like,
+    largest_entry,
+    mm,
+    native_batch,
+    pick,
+    power_of_two,
+    where_matrix,
+)
+from ._reduce import cholesky, factors, lanes, orthonormal, scaled
+
+
+class Factored(NamedTuple):
+    """Factors of `down` T, and the first system solved with them."""
+
+    q: jax.Array  # (*batch, m, p), zero where no Q is needed
+    r: jax.Array  # (*batch, p, p), the identity where T is not finite
+    cut: Cut
+    gram: cholesky.Gram | None  # accepted: enough for every right-hand side, of full rank; or not finite
+    up: jax.Array  # (*batch) the scale of T, 1 where the Gram matrix is accepted
+    down: jax.Array  # (*batch) and its inverse
+    finite: jax.Array  # (*batch) bool
+    solved: tuple[jax.Array, jax.Array]  # v (*batch, m, k) and y (*batch, p, k), where nothing is truncated
+
+    def factors(self, t: jax.Array) -> Factors:
+        """With the differentiable T."""
+        return Factors(t, self.q, self.r, self.cut, gram=self.gram, down=self.down, solved=self.solved)
+
+
+def _by_gram(shape: tuple, dtype) -> bool:
+    return cholesky.worthwhile(shape, dtype) and not lanes.worthwhile(shape)
+
+
+def _factorise(driver: str, adjoint: bool, t: jax.Array, rcond: jax.Array, b: jax.Array) -> Factored:
+    f = jnp.zeros((*t.shape[:-1], b.shape[-1]), t.dtype) if adjoint else b
+    g = b if adjoint else None
+
+    def decided(q, r, finite, proven):
+        """R without NaN, the decision on it, and the solution where nothing is truncated."""
+        r, decision = cut(driver, r, rcond, finite, proven)
+        regular = where_matrix(decision.full & decision.usable, r, identity_like(r))
+        return r, decision, FullRank(t, q, regular).solve(f, g)
+
+    if not _by_gram(t.shape, t.dtype):
+        largest, finite = largest_entry(t, (-2, -1))
+        up, down = power_of_two(largest)
+        q, r = orthonormal(scaled(t, down))
+        r, decision, solution = decided(q, r, finite, jnp.zeros_like(finite))
+        return Factored(q, r, decision, None, up, down, finite, solution)
+
+    gram = cholesky.factor(t, rows_apart=adjoint)
+    finite = cholesky.finite(t, gram.squares)
+    accepted = gram.accepted
+    if driver != "gels":
+        accepted = accepted & certificate.full_rank(gram.condition, rcond)
+    # Where it is not accepted it is still computed with: nothing in it may overflow.
+    accepted = accepted | ~finite
+    harmless = (where_matrix(accepted, x, identity_like(x)) for x in (gram.inverse, gram.triangle))
+    gram = gram._replace(inverse=next(harmless), triangle=next(harmless), accepted=accepted)
+    solution = FullRank(t, None, gram.triangle, gram=gram).solve(f, g)
+    one = jnp.ones(accepted.shape, gram.squares.dtype)
+
+    def fast():
+        return jnp.zeros_like(t), gram.triangle, uncut(driver, gram.triangle), one, one, solution
+
+    def careful():
+        size = jnp.where(accepted, 1, largest_entry(t, (-2, -1))[0])
+        up, down = power_of_two(size)
+        q, r = factors(scaled(t, down))
+        r = where_matrix(accepted, gram.triangle, r)
+        r, decision, by_factors = decided(q, r, finite, accepted)
+        return q, r, decision, up, down, jax.tree.map(partial(pick, accepted), solution, by_factors)
+
+    q, r, decision, up, down, solution = cond(accepted.all(), fast, careful, t, rcond, b)
+    return Factored(q, r, decision, gram, up, down, finite, solution)
+
+
+@cache
+def factorise(driver: str, adjoint: bool) -> Callable[..., Factored]:
+    """(T, rcond, b) -> `Factored` for T (*batch, m, p) of any scale and b with columns of order one.
+
+    The right-hand sides are b for T, or for its adjoint.
+    """
+
+    def call(t, rcond, b):
+        leaf: Any = 0
+        gram = cholesky.Gram(*[leaf] * len(cholesky.Gram._fields))._replace(triangle=None)
+        gram = gram if _by_gram(t.shape, t.dtype) else None
+        cut = Cut(*[leaf] * len(Cut._fields))
+        structure = jax.tree.structure(Factored(leaf, leaf, cut, gram, leaf, leaf, leaf, (leaf, leaf)))
+
+        def leaves(t, rcond, b):
+            out = _factorise(driver, adjoint, t, rcond, b)
+            # R holds the triangle, where it is accepted.
+            slim = out.gram and out.gram._replace(triangle=None)
+            return tuple(jax.tree.leaves(out._replace(gram=slim)))
+
+        columns_out = (False,) * (structure.num_leaves - 2) + (True, True)
+        batched = native_batch(partial(in_blocks, leaves), 2, columns_out)
+        out = jax.tree.unflatten(structure, batched(t, rcond, b))
+        return out._replace(gram=out.gram and out.gram._replace(triangle=out.r))
+
+    return call
+
+
+@cache
+def triplets(driver: str) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """(scaled T, `Factored`) -> U (*batch, m, p), s, V of T = U diag(s) V^H; zero where T is not finite."""
+
+    def decompose(t, finite, q, r, *gram):
+        r = where_matrix(finite, r, jnp.zeros_like(r))
+        if not gram:
+            u, s, v = svd.factors(r, driver)
+            return mm(q, u), s, v
+        known = cholesky.Gram(*gram)
+        by_gram = known.accepted & finite
+        r = where_matrix(by_gram, cholesky.triangle(t, known), r)
+        u, s, v = svd.factors(r, driver)
+        # T V = U diag(s): as orthonormal as the condition number, which is small here, allows
+        inverse = jnp.where(by_gram[..., None], 1 / jnp.where(s > 0, s, 1), 0)
+        direct = mm(t, v * inverse[..., None, :].astype(v.dtype))
+        none = (~by_gram & finite).any()
+        u = cond(none, lambda: where_matrix(by_gram, direct, mm(q, u)), lambda: direct, t, q)
+        return where_matrix(finite, u, jnp.zeros_like(u)), s, v
+
+    batched = native_batch(decompose, 4 + len(cholesky.Gram._fields), (False,) * 3)
+
+    def call(t, factored):
+        return batched(t, factored.finite, factored.q, factored.r, *(factored.gram or ()))
+
+    return call
