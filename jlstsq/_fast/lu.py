@@ -93,7 +93,7 @@ def solve(a: jax.Array, b: jax.Array, squares: jax.Array) -> Inverse:
     unit = size[..., None, None].astype(a.dtype)
     condition = _largest(unit * y)
     if jnp.finfo(a.dtype).bits == 32:
-        enough = certificate.full_rank(condition, n * eps).all()
+        enough = certificate.full_rank(condition, jnp.full_like(condition, n * eps)).all()
         condition = cond(enough, lambda: condition, lambda: condition * _norm(a / unit, g), a)
     return Inverse(
         solution=x,
