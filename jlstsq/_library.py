@@ -79,21 +79,23 @@ def _substitute(r: jax.Array, b: jax.Array, lower: bool = False, adjoint: bool =
 
 
 @cache
-def _triangular_solve(lower: bool, adjoint: bool) -> Callable:
+def _triangular_solve(lower: bool, adjoint: bool, unit: bool) -> Callable:
     def solve(r, b):
         x = lax.linalg.triangular_solve(
-            r, b, left_side=True, lower=lower, transpose_a=adjoint, conjugate_a=adjoint
+            r, b, left_side=True, lower=lower, transpose_a=adjoint, conjugate_a=adjoint, unit_diagonal=unit
         )
         return (x,)
 
     return _batched(solve, 1, (True,))
 
 
-def triangular_solve(r: jax.Array, b: jax.Array, *, lower: bool = False, adjoint: bool = False) -> jax.Array:
-    """R^-1 b, or R^-H b, for a triangular R."""
-    if r.ndim > 2 and r.shape[-1] <= _TINY:
+def triangular_solve(
+    r: jax.Array, b: jax.Array, *, lower: bool = False, adjoint: bool = False, unit_diagonal: bool = False
+) -> jax.Array:
+    """R^-1 b, or R^-H b, for a triangular R; the other triangle, and a unit diagonal, are not read."""
+    if r.ndim > 2 and r.shape[-1] <= _TINY and not unit_diagonal:
         return _substitute(r, b, lower, adjoint)
-    (x,) = _triangular_solve(lower, adjoint)(r, b)
+    (x,) = _triangular_solve(lower, adjoint, unit_diagonal)(r, b)
     return x
 
 
@@ -132,6 +134,7 @@ def inverse(r: jax.Array) -> jax.Array:
 _triangle = _batched(lambda a: (jnp.linalg.qr(a, mode="r"),), 2, (False,))
 _qr = _batched(lambda a: tuple(jnp.linalg.qr(a, mode="reduced")), 4, (False, False))
 _cholesky = _batched(lambda a: (lax.linalg.cholesky(a, symmetrize_input=False),), 0.34, (False,))
+_lu = _batched(lambda a: tuple(lax.linalg.lu(a)[::2]), 0.67, (False, False))
 _eigh = _batched(lambda a: tuple(jnp.linalg.eigh(a, symmetrize_input=False)), 40, (False, False))
 _householder_product = _batched(
     lambda a, taus: (lax.linalg.householder_product(a, taus[..., 0, :]),), 4, (False,), matrices=2
@@ -154,6 +157,12 @@ def cholesky(a: jax.Array) -> jax.Array:
     """The lower triangular L of A = L L^H from A's lower triangle; NaN where A is not positive definite."""
     (l,) = _cholesky(a)  # noqa: E741
     return l
+
+
+def lu(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """L, U in one array and the rows (*batch, m) of A in the order of L U, by partial pivoting."""
+    factors, permutation = _lu(a)
+    return factors, permutation
 
 
 def eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:

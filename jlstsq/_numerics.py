@@ -63,6 +63,14 @@ def real_dtype(dtype: Any) -> Any:
     return jnp.finfo(dtype).dtype
 
 
+def hashed(count: int) -> jax.Array:
+    """Fixed pseudo-random bits: a hash of 0, 1, ... (MurmurHash3's last step), uint32."""
+    h = jnp.arange(count, dtype=jnp.uint32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h = (h ^ (h >> shift)) * jnp.uint32(factor)
+    return h ^ (h >> 16)
+
+
 def identity_like(a: jax.Array) -> jax.Array:
     """Identity matrices of the shape, dtype and batch of the square a."""
     return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)

@@ -83,7 +83,8 @@ def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arra
             jnp.where(attempt.solved[..., None], s, careful_s),
         )
 
-    return cond(proven.all(), fast_answer, careful_answer, t, rcond, b)
+    # A single matrix has no neighbours: nothing of the attempt is kept, nor computed for it.
+    return cond(proven.all(), fast_answer, careful_answer if rcond.ndim else careful, t, rcond, b)
 
 
 def _in_blocks(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Array) -> Answer:

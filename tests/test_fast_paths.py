@@ -222,3 +222,113 @@ def test_singular_values_of_neighbours(shape, x64):
     others = np.arange(shape[0]) != 3
     np.testing.assert_array_equal(clean[others], dirty[others])
     assert np.isnan(dirty[3]).all()
+
+
+SQUARE = 128
+
+
+def square(kind, rng, n=SQUARE):
+    """A square matrix that elimination with partial pivoting may find hard, columns of norm about one."""
+    A = rng.standard_normal((n, n)) / np.sqrt(n)
+    if kind == "growth":  # of 2^(n-1) (Wilkinson 1961)
+        A = np.eye(n) - np.tril(np.ones((n, n)), -1)
+        A[:, -1] = 1
+    elif kind == "graded growth":
+        A = np.eye(n) - np.tril(np.ones((n, n)), -1) + 1e-3 * A
+        A[:, -1] = 1
+    elif kind == "rows":
+        A *= np.logspace(0, -12, n)[:, None]
+    elif kind == "columns":
+        A *= np.logspace(0, -12, n)
+    elif kind == "repeated":
+        A[:, 3] = A[:, 4]
+    elif kind == "sum":
+        A[:, 3] = 128 * (A[:, 4] - A[:, 5])
+    elif kind == "zero column":
+        A[:, 3] = 0
+    elif kind == "zero":
+        A *= 0
+    elif kind == "triangular":  # ill conditioned, though no pivot is small (Kahan 1966)
+        A = np.eye(n) - np.triu(np.ones((n, n)), 1)
+    elif kind == "huge":
+        A *= 1e30
+    elif kind == "tiny":
+        A *= 1e-30
+    elif isinstance(kind, float):
+        A = problems.with_spectrum(rng, n, n, np.logspace(0, -np.log10(kind), n))
+    return A
+
+
+def backward_error(A, x, b):
+    """In units of eps: the relative change of each column of A, and of b, that makes the residual zero."""
+    exact, rhs, x = A.astype(float), b.astype(float), x.astype(float)
+    norms = np.linalg.norm(exact, axis=0)
+    size = norms @ abs(x) + np.linalg.norm(rhs)
+    return np.linalg.norm(rhs - exact @ x) / size / np.finfo(A.dtype).eps
+
+
+@pytest.fixture(scope="module")
+def by_lu():
+    """The attempt for one square matrix, compiled once for each driver and precision."""
+    fun = jax.jit(lambda d, *a: _fast.attempt(d, False, *a)._replace(singular_values=None), static_argnums=0)
+    return lambda driver, A, b: fun(driver, jnp.asarray(A), jnp.asarray(b)[:, None])
+
+
+EASY = ("gaussian", "rows", "columns", 1e1, 1e2)
+HARD = ("growth", "graded growth", "repeated", "sum", "zero column", "zero", "triangular", "huge", "tiny")
+
+
+@pytest.mark.parametrize(
+    "kind", [*EASY, *HARD, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e10, 1e12, 1e14, 1e16], ids=str
+)
+def test_square_by_elimination(kind, precision, by_lu):
+    """What is accepted is as good as by Householder's method, with the same rank and NaN decisions."""
+    dtype = np.float64 if precision else np.float32
+    rng = np.random.default_rng(4)
+    A, b = square(kind, rng).astype(dtype), rng.standard_normal(SQUARE).astype(dtype)
+    result = by_lu("gelsy", A, b)
+    s = np.linalg.svd(A.astype(float), compute_uv=False)
+    rank = (s > SQUARE * np.finfo(dtype).eps * s[0]).sum()
+    certified = result.solved & (result.condition * SQUARE * np.finfo(dtype).eps < 0.9)
+    if result.solved:
+        assert backward_error(A, np.asarray(result.solution)[:, 0], b) <= 2
+    if certified:
+        assert rank == SQUARE
+        assert result.condition >= s[0] / s[-1]
+    gels = by_lu("gels", A, b)
+    if gels.solved:
+        _, r = scipy.linalg.qr(A.astype(float))
+        scaled = np.linalg.norm(r, axis=0)[:, None] * abs(scipy.linalg.solve_triangular(r, np.eye(SQUARE)))
+        assert scaled.sum(0).max() * np.finfo(dtype).eps < 0.25
+        assert backward_error(A, np.asarray(gels.solution)[:, 0], b) <= 2
+    if kind in ("gaussian", 1e1, 1e2):
+        assert certified
+        assert gels.solved
+    if kind in ("growth", "repeated", "sum", "zero column", "zero", 1e16):
+        assert not certified
+        assert not gels.solved
+    if kind == "columns":
+        assert gels.solved
+
+
+@pytest.mark.parametrize("driver", ["gels", "gelsy", "gelsd"])
+@pytest.mark.parametrize("kind", ["gaussian", "growth", "repeated", "nan"])
+def test_square_answers(driver, kind, x64):
+    """Whichever way is taken, and with a bad column of b; singular values are those of A."""
+    rng = np.random.default_rng(5)
+    A, B = square(kind, rng), rng.standard_normal((SQUARE, 3))
+    if kind == "nan":
+        A[3, 4] = np.nan
+    B[7, 1] = np.inf
+    result = lstsq(A, B, driver=driver)
+    assert np.isnan(result.solution[:, 1]).all()
+    if kind == "nan" or (kind == "repeated" and driver == "gels"):
+        assert np.isnan(result.solution).all()
+        assert driver == "gels" or kind == "repeated" or result.rank == 0
+        return
+    x, _, rank, s = np.linalg.lstsq(A, B[:, ::2], rcond=SQUARE * np.finfo(float).eps)
+    np.testing.assert_allclose(result.solution[:, ::2], x, atol=1e-10 * abs(x).max())
+    if driver != "gels":
+        assert result.rank == rank
+    if driver == "gelsd":
+        np.testing.assert_allclose(result.singular_values, s, atol=1e-13 * s[0])

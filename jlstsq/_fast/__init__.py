@@ -1,7 +1,8 @@
 """Fast: solutions without a library's factorisation of the data, with a proof that they are as good.
 
-`lanes` solves many small matrices at once, `seminormal` whole ones by products. This module says which one is
-worth a try; `_values` asks it, and takes the careful path where the proof fails.
+`lanes` solves many small matrices at once, `seminormal` tall ones by products, `lu` a square one by
+elimination. This module says which one is worth a try; `_values` asks it, and takes the careful path
+where the proof fails.
 """
 
 import math
@@ -12,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from .._decompose import certificate, svd
-from .._numerics import abs2, largest_entry
+from .._numerics import abs2, largest_entry, where_matrix
 from .._reduce import cholesky, lanes
-from . import seminormal
+from . import lu, seminormal
 
 
 class Attempt(NamedTuple):
@@ -36,6 +37,8 @@ def attempt(driver: str, adjoint: bool, t: jax.Array, b: jax.Array) -> Attempt |
         return _by_lanes(driver, adjoint, t, b)
     if cholesky.worthwhile(t.shape, t.dtype):
         return _by_gram(driver, adjoint, t, b)
+    if lu.worthwhile(t.shape):
+        return _by_lu(driver, t, b)
     return None
 
 
@@ -71,6 +74,26 @@ def _by_gram(driver: str, adjoint: bool, t: jax.Array, b: jax.Array) -> Attempt:
         t_finite=t_finite,
         b_finite=b_finite,
         singular_values=lambda: svd.values(cholesky.triangle(t, factor), driver),
+    )
+
+
+def _by_lu(driver: str, t: jax.Array, b: jax.Array) -> Attempt:
+    squares = abs2(t).sum(-2)
+    in_range, t_finite, b_finite = _in_range(t, b, squares)
+    inverse = lu.solve(t, b, squares)
+    solved = in_range & (inverse.stable | ~b_finite).all(-1)
+    if driver == "gels":
+        # |R^-1| = |A^-1|, and a sum of p terms is at most p^(1/2) times their norm.
+        solved = solved & certificate.independent(inverse.scaled * t.shape[-1] ** 0.5)
+    return Attempt(
+        solution=inverse.solution,
+        residuals=jnp.zeros((*t.shape[:-2], b.shape[-1]), squares.dtype),
+        condition=inverse.condition,
+        usable=jnp.ones_like(t_finite),
+        solved=solved | ~t_finite,
+        t_finite=t_finite,
+        b_finite=b_finite,
+        singular_values=lambda: svd.values(where_matrix(t_finite, t, jnp.zeros_like(t)), driver),
     )
 
 

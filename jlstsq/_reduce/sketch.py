@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._library import cholesky, inverse, qr, triangle, triangular_solve
-from .._numerics import H, abs2, identity_like, mm, norm2_bound, varying, where_matrix
+from .._numerics import H, abs2, hashed, identity_like, mm, norm2_bound, varying, where_matrix
 from .cholesky import product
 
 _ROWS = 4  # of the sketch, per column of T
@@ -49,11 +49,8 @@ def worthwhile(shape: tuple) -> bool:
 
 
 def _signs(rows: int, dtype: Any) -> jax.Array:
-    """A fixed pseudo-random sign for every row: a bit of a hash of its number (MurmurHash3's last step)."""
-    h = jnp.arange(rows, dtype=jnp.uint32)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        h = (h ^ (h >> shift)) * jnp.uint32(factor)
-    return jnp.where((h ^ (h >> 16)) & 1 == 1, 1, -1).astype(dtype)
+    """A fixed pseudo-random sign for every row."""
+    return jnp.where(hashed(rows) & 1 == 1, 1, -1).astype(dtype)
 
 
 def _sketch(t: jax.Array) -> jax.Array:
