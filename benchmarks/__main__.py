@@ -1,10 +1,10 @@
-"""`python -m benchmarks run | report | list`."""
+"""`python -m benchmarks run | report | floors | list`."""
 
 import argparse
 from datetime import datetime
 from pathlib import Path
 
-from . import report, runner
+from . import floors, report, runner
 from .cases import DRIVERS, MODES, select
 from .peers import PEERS
 
@@ -44,7 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="keep the cases that are in FILE")
 
     show = commands.add_parser("report", help="ratios of what was measured")
-    show.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: the newest result")
+    floor = commands.add_parser("floors", help="what was measured over what this machine allows")
+    for command in (show, floor):
+        command.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: the newest result")
     show.add_argument("--pictures", type=Path, metavar="DIR", help="draw into this folder")
     return parser
 
@@ -52,12 +54,15 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     parser = _parser()
     options = parser.parse_args()
-    if options.command == "report":
+    if options.command in ("report", "floors"):
         newest = sorted(RESULTS.glob("*.json"), key=lambda file: file.stat().st_mtime)[-1:]
         files = options.files or newest
         if not files:
             parser.error(f"no results in {RESULTS}")
-        report.report(files, options.pictures)
+        if options.command == "report":
+            report.report(files, options.pictures)
+        else:
+            floors.report(files)
         return
     cases = select(options.cases, options.quick)
     if not cases:
