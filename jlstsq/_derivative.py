@@ -28,8 +28,8 @@ differentiates the equations, to any order and in any mode.
    (With Q L = B, Y the motion of Q: Y L = N (T' w + D Z), Z L^H = N_w (T'^H Q + D^H Y); Y is
    eliminated, and D^H N = D^H.) D = T N_w (gelsy: T - B J) is an expression in T and w, applied to
    vectors and never formed, also where it is zero, because its derivative is not: without it the
-   Hessian of a rank-deficient problem is wrong. The equation
-   divides only by 1 - s_j^2 / s_i^2, j dropped and i kept: never by a gap among kept ones.
+   Hessian of a rank-deficient problem is wrong. The equation divides only by 1 - s_j^2 / s_i^2, j
+   dropped and i kept: never by a gap among kept ones.
 
    One form serves both. With w an orthonormal basis of the row space of T_k and F = T_k w,
 
