@@ -15,29 +15,30 @@ differentiates the equations, to any order and in any mode.
 
        x' = T^+ (b' - T' x) + T^+ T^+H T'^H r,      r = b - T x,   and its adjoint.
 
-2. Truncated. T = T_k + D, and the kept part T_k = B J has full-rank factors: B = T e, the kept
-   columns in the basis e, and J. Then T_k^+ = J^+ B^+, two full-rank problems as in 1.
-
-   gelsy: e selects pivot columns and is constant ("at fixed pivots"); J = B^+ T and D = T - B J are
-   the solution and the residual of one least-squares problem with T as right-hand sides.
-   gelsd, gelss: e = w, the kept right singular vectors; J = w^H, J^+ = w. Only the space they span
-   matters. It moves by w' = Z, w^H Z = 0; with N_w = I - w w^H, K = (B^H B)^-1, D = T - B w^H,
-
-       Z - D^H D Z K = N_w (T'^H B^+H + D^H T' w K).
-
-   (With Q L = B, Y the motion of Q: Y L = N (T' w + D Z), Z L^H = N_w (T'^H Q + D^H Y); Y is
-   eliminated, and D^H N = D^H.) D = T N_w (gelsy: T - B J) is an expression in T and w, applied to
-   vectors and never formed, also where it is zero, because its derivative is not: without it the
-   Hessian of a rank-deficient problem is wrong. The equation divides only by 1 - s_j^2 / s_i^2, j
-   dropped and i kept: never by a gap among kept ones.
-
-   One form serves both. With w an orthonormal basis of the row space of T_k and F = T_k w,
+2. Truncated. T = T_k + D with T_k = T E w^H: w is an orthonormal basis of the row space of T_k, and
+   F = T E = T_k w has full rank, so that F and w are all that is needed of T_k:
 
        [ I    F ] [ v ]   [ f ]          X = T_k^+ b = w y  (f = b, g = 0)
        [ F^H  0 ] [ y ] = [ g ]          T_k^+H b = v       (f = 0, g = w^H b).
 
-   gelsd, gelss: w is the kept basis above and F = T w. gelsy: T_k = B J, w spans the range of J^H and
-   F = B J w. A basis of the range of any X = w C moves by w' = N_w X' C^-1.
+   gelsd, gelss: w are the kept right singular vectors and E = w. gelsy: e selects pivot columns and is
+   constant ("at fixed pivots"), B = T e, and T_k = P T with the projector P onto the range of B; then
+   E = e j, j = B^+ T w. With e = w for the singular vectors, w spans the range of G e in both cases,
+   G = T^H T. Only the space matters. With N_w = I - w w^H and C = w^H G e it moves by
+
+       w' = N_w (G' e + G e') C^-1,     G' = T'^H T + T^H T',
+
+   e' = 0 for gelsy. For gelsd and gelss e' = w', N_w G w' = D^H D w', and w' = Z solves
+
+       Z - D^H D Z K = N_w G' w K,      K = C^-1 = (F^H F)^-1,
+
+   which divides only by 1 - s_j^2 / s_i^2, j dropped and i kept: never by a gap among kept ones.
+   gelsy's E moves with j: since B^H (T w - B j) = 0 and B^H T w' = B^H D w' = 0,
+
+       B^H B j' = e^H G' (w - E).
+
+   D = T (I - E w^H) is an expression in T, E and w, applied to vectors and never formed, also where it
+   is zero, because its derivative is not: without it the Hessian of a rank-deficient problem is wrong.
 
 3. Weights and ridge. T is W^(1/2) T, and x = (F^H W F + ridge)^-1 F^H W b in the kept basis: s / (s^2 +
    ridge) on every singular value kept. The equations are linear in W and in the ridge,
@@ -46,13 +47,11 @@ differentiates the equations, to any order and in any mode.
        [ F^H W  -ridge ] [ y ] = [ g ],
 
    so nothing passes through a square root and every derivative is right at ridge 0 and weight 0.
-   The kept basis is an invariant subspace of T^H W T:
-
-       Z - D^H W D Z K = N_w (T'^H W B K + D^H (W T' w + W' B) K),     K = (B^H W B)^-1.
+   In 2 every adjoint but those of w and e has W behind it: G = T^H W T, and G' has T^H W' T as well.
 
    All of it holds for a wide T as well, with w in the long space. So weights and ridge for a wide A
    are not stated as an adjoint problem (there W^(1/2) would scale the unknowns). gelsy's pivots are
-   rows of A then, T_k = T w w^H, w a basis of the range of the pivot rows' adjoint.
+   rows of A then, E = w, a basis of the range of the pivot rows' adjoint X = w C: w' = N_w X' C^-1.
 
 4. Residuals. rho = r^H W r has rho' = r^H W' r + 2 Re [ (W r)^H (b' - T' x) - (ridge x + D^H W r)^H x' ],
    since T^H W r = ridge x + D^H W r. At full rank D = 0 and nothing noisy multiplies x'.
@@ -86,7 +85,8 @@ from ._autodiff import switch
 from ._decompose import Cut, Decision, expand
 from ._fast import seminormal
 from ._library import eigh, qr, triangular_solve
-from ._numerics import H, abs2, any_of, identity_like, mm, pick, power_of_two, where_matrix
+from ._numerics import H, abs2, any_of, identity_like, mm, pick, where_matrix
+from ._operator import Operator, adjoint_times
 from ._reduce import scaled
 from ._reduce.cholesky import Gram
 
@@ -121,12 +121,6 @@ class Factors(NamedTuple):
     def plain(self) -> bool:
         return self.weights is None and self.ridge is None
 
-    def scaled(self) -> "Factors":
-        """The same with T scaled: in the branch that needs it, to keep no copy of T."""
-        if self.down is None:
-            return self
-        return self._replace(t=scaled(self.t, self.down), down=None)
-
     def expanded(self, driver: str) -> "Factors":
         """The same with the factors of the kept part: in the branch that needs them."""
         if not isinstance(self.decision, Cut):
@@ -148,22 +142,14 @@ def root(weights: jax.Array | None) -> jax.Array | None:
     return None if weights is None else jnp.sqrt(lax.stop_gradient(weights))
 
 
-def adjoint_times(q: jax.Array, b: jax.Array) -> jax.Array:
-    """Q^H b, for few columns as (b^H Q)^H: XLA on CPU then reads a tall Q row by row.
-
-    For as many as Q has the transpose of b would be one more array of its size.
-    """
-    return mm(H(q), b) if b.shape[-1] >= q.shape[-1] else H(mm(H(b), q))
-
-
 class FullRank(NamedTuple):
     """F with full-rank kept columns and its factors: W^(1/2) F = q left r, or [core; sqrt(ridge) I].
 
-    Columns that are not kept are zero in F and in q left; r holds the identity there (times
-    sqrt(1 + ridge)), and the second equation reads -(1 + ridge) y = g.
+    F is an operator in T. Columns that are not kept are zero in F and in q left; r holds the identity
+    there (times sqrt(1 + ridge)), and the second equation reads -(1 + ridge) y = g.
     """
 
-    f: jax.Array  # (*batch, m, columns), differentiable
+    f: Operator  # differentiable
     q: Any  # None: the Gram matrix of every element is accepted
     r: jax.Array
     left: jax.Array | None = None
@@ -216,12 +202,12 @@ class FullRank(NamedTuple):
                 left = c if self.left is None else mm(self.left, c)
                 v, y = v - mm(self.q, left), y + triangular_solve(self.r, c)
             return v, y
-        v = f - mm(self.f, y)
+        v = f - self.f.times(y)
         if self.weights is not None:
             rest = self.second(y) if g is None else g + self.second(y)
             c = self.project(v) - triangular_solve(self.r, rest, adjoint=True)
             y = y + triangular_solve(self.r, c)
-            v = f - mm(self.f, y)
+            v = f - self.f.times(y)
         return v, y
 
     def transpose_solve(self, f: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -231,10 +217,10 @@ class FullRank(NamedTuple):
         """
         if self.weights is None:
             return self.solve(f, g)
-        y = self.normal_solve(adjoint_times(self.f, f) - g)
-        v = f - weigh(self.weights, mm(self.f, y))
-        y = y + self.normal_solve(adjoint_times(self.f, v) - g - self.second(y))
-        return f - weigh(self.weights, mm(self.f, y)), y
+        y = self.normal_solve(self.f.adjoint_times(f) - g)
+        v = f - weigh(self.weights, self.f.times(y))
+        y = y + self.normal_solve(self.f.adjoint_times(v) - g - self.second(y))
+        return f - weigh(self.weights, self.f.times(y)), y
 
 
 def augmented(problem: FullRank, f: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -250,8 +236,8 @@ def augmented(problem: FullRank, f: jax.Array, g: jax.Array) -> tuple[jax.Array,
 
     def matvec(vy):
         v, y = split(vy)
-        second = mm(H(problem.f), weigh(problem.weights, v)) - problem.second(y)
-        return jnp.concatenate([v + mm(problem.f, y), second], axis=-2)
+        second = problem.f.adjoint_times(weigh(problem.weights, v)) - problem.second(y)
+        return jnp.concatenate([v + problem.f.times(y), second], axis=-2)
 
     def solve(_, fg):
         return jnp.concatenate(constant.solve(*split(fg)), axis=-2)
@@ -267,7 +253,7 @@ def augmented(problem: FullRank, f: jax.Array, g: jax.Array) -> tuple[jax.Array,
 def solved(problem: FullRank, f: jax.Array, g: jax.Array, v: jax.Array, y: jax.Array):
     """(v, y), found before, as the solution of `augmented`: to solve once more for its derivative is waste.
 
-    Without weights and ridge.
+    Without weights and ridge, and for F = T.
     """
     return v, y
 
@@ -280,8 +266,9 @@ def _solved_rule(primals, tangents):
     f_dot, g_dot = (
         jnp.zeros_like(a) if isinstance(a_dot, still) else a_dot for a, a_dot in ((f, f_dot), (g, g_dot))
     )
-    if not isinstance(problem_dot.f, still):
-        f_dot, g_dot = f_dot - mm(problem_dot.f, y), g_dot - mm(H(problem_dot.f), v)
+    if not isinstance(problem_dot.f.t, still):
+        moved = Operator(problem_dot.f.t, problem.f.down)
+        f_dot, g_dot = f_dot - moved.times(y), g_dot - moved.adjoint_times(v)
     return (v, y), augmented(problem, f_dot, g_dot)
 
 
@@ -293,67 +280,63 @@ def _outside(w: jax.Array, a: jax.Array) -> jax.Array:
     return a - mm(w, mm(H(w), a))
 
 
-def _in_halves(product: Callable, down: jax.Array | None, z: jax.Array) -> jax.Array:
-    """`product` of z for `down` t in the place of t: half of the scale before, half after, so no overflow."""
-    if down is None:
-        return product(z)
-    before, _ = power_of_two(jnp.sqrt(down))
-    before, after = (x[..., None, None].astype(z.dtype) for x in (before, down / before))
-    return product(z * before) * after
+def _inverse(matvec: Callable, value: jax.Array) -> jax.Array:
+    """The inverse of a small matrix, zero where nothing is kept, of which `value` is known to be it."""
+    eye = identity_like(value)
+    return lax.custom_linear_solve(matvec, eye, lambda _, a: mm(value, a), lambda _, a: mm(value.mT, a))
 
 
-def _times(t: jax.Array, down: jax.Array | None, z: jax.Array) -> jax.Array:
-    """T z for T = `down` t, without that array."""
-    return _in_halves(partial(mm, t), down, z)
-
-
-def _adjoint_times(t: jax.Array, down: jax.Array | None, v: jax.Array) -> jax.Array:
-    """T^H v, the same."""
-    return _in_halves(partial(adjoint_times, t), down, v)
+def _gram_dot(t: Operator, t_dot: Operator, weights, weights_dot, z: jax.Array) -> jax.Array:
+    """G' z, G = T^H W T; by G' itself where T is tall, which is smaller than T' z."""
+    if t.t.shape[-2] < t.t.shape[-1]:
+        t_z = t.times(z)
+        inner = weigh(weights, t_dot.times(z))
+        if weights is not None:
+            inner = inner + weigh(weights_dot, t_z)
+        return t_dot.adjoint_times(weigh(weights, t_z)) + t.adjoint_times(inner)
+    whole = scaled(t.t, t.down)
+    half = mm(H(weigh(weights, whole)), scaled(t_dot.t, t.down))
+    out = half + H(half)
+    if weights is not None:
+        out = out + mm(H(whole), weigh(weights_dot, whole))
+    return mm(out, z)
 
 
 @jax.custom_jvp
-def kept_basis(t, weights, w, problem, s, kept, dropped, down):
+def singular_basis(t, weights, w, inverse, s, kept, dropped):
     """w, an orthonormal basis of the kept right singular vectors of W^(1/2) T, as a function of T and W.
 
-    T is `down` t. `problem` holds the factors of W^(1/2) T w, s its singular values; `dropped` has the
-    Gram matrix D^H W D, D = T N_w.
+    T is an `Operator`, s are its singular values, `inverse` is K, and `dropped` has the Gram matrix
+    D^H W D.
     """
     return w
 
 
-@kept_basis.defjvp
-def _kept_basis_rule(primals, tangents):
-    t, weights, w, problem, s, kept, dropped, down = primals
-    t_dot, weights_dot = tangents[:2]
-    w = kept_basis(*primals)
-    columns = kept[..., None, :]
-    b = _times(t, down, w)
-    size = w.shape[-1]
-    eye = jnp.broadcast_to(jnp.eye(size, dtype=w.dtype), (*w.shape[:-2], size, size))
-    b_k, k = augmented(problem._replace(f=b, weights=weights), jnp.zeros_like(b), eye)
-    k = jnp.where(columns, -k, 0)
+@singular_basis.defjvp
+def _singular_basis_rule(primals, tangents):
+    t, weights, w, inverse, s, kept, dropped = primals
+    t_dot, weights_dot = tangents[0]._replace(down=t.down), tangents[1]
+    w = singular_basis(*primals)
 
-    inner = weigh(weights, _times(t_dot, down, mm(w, k)))
-    if weights is not None:
-        inner = inner + weigh(weights_dot, b_k)
-    rhs = _adjoint_times(t_dot, down, weigh(weights, b_k)) + _adjoint_times(t, down, inner)
-    rhs = _outside(w, rhs)
+    def squared(z):
+        """T^H W T z: no array of T's size that lasts."""
+        return t.adjoint_times(weigh(weights, t.times(z)))
+
+    k = _inverse(lambda z: mm(H(w), squared(mm(w, z))), inverse)
+    rhs = _outside(w, _gram_dot(t, t_dot, weights, weights_dot, mm(w, k)))
 
     def matvec(z):
-        # D z = T N_w z: no array of T's size.
-        d_z = weigh(weights, _times(t, down, _outside(w, z)))
-        return z - mm(_outside(w, _adjoint_times(t, down, d_z)), k)
+        return z - mm(_outside(w, squared(_outside(w, z))), k)
 
     # Solved in the basis of the dropped right singular vectors, where D^H W D and K are diagonal.
     if dropped.shape[-2] < dropped.shape[-1]:
         eigenvalues, u = eigh(mm(dropped, H(dropped)))
         nonzero = eigenvalues > 0
-        inverse = jnp.where(nonzero, 1 / jnp.sqrt(jnp.where(nonzero, eigenvalues, 1)), 0)
-        v = mm(H(dropped), u) * inverse[..., None, :].astype(u.dtype)
+        scale = jnp.where(nonzero, 1 / jnp.sqrt(jnp.where(nonzero, eigenvalues, 1)), 0)
+        v = mm(H(dropped), u) * scale[..., None, :].astype(u.dtype)
     else:
         eigenvalues, v = eigh(mm(H(dropped), dropped))
-    ratio = jnp.where(columns, eigenvalues[..., :, None] / (s**2)[..., None, :], 0)
+    ratio = jnp.where(kept[..., None, :], eigenvalues[..., :, None] / (s**2)[..., None, :], 0)
     # Separated by the cut; the floor only keeps a cut through a rounding-level tie finite.
     gap = jnp.maximum(1 - ratio, jnp.finfo(s.dtype).eps)
 
@@ -364,6 +347,31 @@ def _kept_basis_rule(primals, tangents):
         return solve(None, a.conj()).conj()
 
     return w, lax.custom_linear_solve(matvec, rhs, solve, transpose_solve)
+
+
+@jax.custom_jvp
+def pivoted_basis(t, weights, w, oblique, e, inverse, b_inverse):
+    """The bases w and E of the part of T that the pivot columns e keep, as functions of T and W.
+
+    T is an `Operator`; `inverse` is C^-1 = (w^H T^H W T e)^-1, `b_inverse` (B^H W B)^-1.
+    """
+    return w, oblique
+
+
+@pivoted_basis.defjvp
+def _pivoted_basis_rule(primals, tangents):
+    t, weights, _, _, e, inverse, b_inverse = primals
+    t_dot, weights_dot = tangents[0]._replace(down=t.down), tangents[1]
+    w, oblique = pivoted_basis(*primals)
+
+    def squared(z):
+        return t.adjoint_times(weigh(weights, t.times(mm(e, z))))
+
+    c_inverse = _inverse(lambda z: mm(H(w), squared(z)), inverse)
+    b_inverse = _inverse(lambda z: mm(H(e), squared(z)), b_inverse)
+    both = jnp.concatenate([mm(e, c_inverse), w - oblique], axis=-1)
+    for_w, for_j = jnp.split(_gram_dot(t, t_dot, weights, weights_dot, both), 2, axis=-1)
+    return (w, oblique), (_outside(w, for_w), mm(e, mm(b_inverse, mm(H(e), for_j))))
 
 
 @jax.custom_jvp
@@ -380,7 +388,7 @@ def _range_basis_rule(primals, tangents):
     both = kept[..., :, None] & kept[..., None, :]
     small = mm(H(w), x)
     q, r = qr(lax.stop_gradient(jnp.where(both, small, identity_like(small))))
-    problem = FullRank(x, lax.stop_gradient(w), r, jnp.where(kept[..., :, None], q, 0), kept)
+    problem = FullRank(Operator(x), lax.stop_gradient(w), r, jnp.where(kept[..., :, None], q, 0), kept)
     _, c_inverse = augmented(problem, w, jnp.zeros_like(small))
     x_c = mm(x_dot, c_inverse)
     return w, x_c - mm(w, mm(H(w), x_c))
@@ -388,16 +396,20 @@ def _range_basis_rule(primals, tangents):
 
 @jax.custom_jvp
 def squared_residual(t, f, x, v, d_v, weights=None, ridge=None):
-    """r^H W r, columns of v = f - T x; T^H W v = ridge x + d_v, d_v = D^H W v (None: zero)."""
+    """r^H W r for the columns of v = f - T x, T an `Operator`.
+
+    T^H W v = ridge x + d_v, d_v = D^H W v (None: zero).
+    """
     return weigh(weights, abs2(v)).sum(-2)
 
 
 @squared_residual.defjvp
 def _squared_residual_rule(primals, tangents):
-    _, _, x, v, d_v, weights, ridge = primals
+    t, _, x, v, d_v, weights, ridge = primals
     t_dot, f_dot, x_dot, _, _, weights_dot, _ = tangents
+    t_dot = t_dot._replace(down=t.down)
     weighted = weigh(weights, v)
-    inner = (weighted.conj() * (f_dot - mm(t_dot, x))).sum(-2)
+    inner = (weighted.conj() * (f_dot - t_dot.times(x))).sum(-2)
     if d_v is not None:
         inner = inner - (d_v.conj() * x_dot).sum(-2)
     if ridge is not None:
@@ -438,29 +450,29 @@ def core_factors(
 
 
 class Problem(NamedTuple):
-    """The kept part T_k = F w^H, ready to be solved with; D = T - T_k."""
+    """The kept part T_k = F w^H, F = T E, ready to be solved with; D = T - T_k."""
 
     full_rank: FullRank
-    t: jax.Array
-    down: jax.Array | None  # T is `down` t
-    w: Any  # (*batch, n, p), None: the identity
-    j: tuple[jax.Array, jax.Array] | None  # B and J with D = T - B J; None: D = T N_w
+    w: Any = None  # (*batch, n, p); None: it and E are the identity
     solved: tuple[jax.Array, jax.Array] | None = None
 
+    @property
+    def t(self) -> Operator:
+        return self.full_rank.f._replace(e=None)
+
+    @property
+    def oblique(self) -> Any:
+        """E, not orthogonal for gelsy."""
+        return self.full_rank.f.e
+
     def dropped(self, x: jax.Array) -> jax.Array:
-        """D x."""
-        if self.j is None:
-            return _times(self.t, self.down, _outside(self.w, x))
-        base, j = self.j
-        return _times(self.t, self.down, x) - mm(base, mm(j, x))
+        """D x = T (x - E w^H x)."""
+        return self.t.times(x - mm(self.oblique, mm(H(self.w), x)))
 
     def dropped_adjoint(self, v: jax.Array) -> jax.Array:
         """D^H v."""
-        d_v = _adjoint_times(self.t, self.down, v)
-        if self.j is None:
-            return _outside(self.w, d_v)
-        base, j = self.j
-        return d_v - mm(H(j), adjoint_times(base, v))
+        d_v = self.t.adjoint_times(v)
+        return d_v - mm(self.w, mm(H(self.oblique), d_v))
 
     def augmented(self, f: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(v, y) of the right-hand sides that are solved for, known or not."""
@@ -471,13 +483,13 @@ class Problem(NamedTuple):
 
 def _by_gram(factors: Factors) -> Problem:
     """Nothing truncated, T tall and every Gram matrix accepted: F = T."""
-    t = factors.t
-    return Problem(FullRank(t, None, factors.r, gram=factors.gram), t, None, None, None, factors.solved)
+    f = Operator(factors.t)
+    return Problem(FullRank(f, None, factors.r, gram=factors.gram), solved=factors.solved)
 
 
 def _full(factors: Factors) -> Problem:
     """Nothing truncated, T tall: F = T."""
-    t, q, r, decision, weights, ridge, core, gram, *_ = factors
+    t, q, r, decision, weights, ridge, core, gram, down, solution = factors
     left = None
     if not factors.plain and core is not None:
         left, r = core
@@ -485,43 +497,44 @@ def _full(factors: Factors) -> Problem:
     # replaced, and 0 * inf would reach its gradient all the same.
     regular = decision.full & decision.usable
     r = where_matrix(regular, r, identity_like(r))
-    return Problem(FullRank(t, q, r, left, None, weights, ridge, gram), t, None, None, None, factors.solved)
+    return Problem(FullRank(Operator(t, down), q, r, left, None, weights, ridge, gram), solved=solution)
 
 
 def _truncated(driver: str, factors: Factors) -> Problem:
-    """The kept part. Tall elements of full rank have w = I exactly, and with it F = T."""
+    """The kept part. Tall elements of full rank have w = E = I exactly, and with it F = T."""
     t, q, r, decision, weights, ridge, core, gram, down, _ = factors
-    e, r_e, u, _, w, kept = decision.kept
+    e, r_e, u, l, w, kept = decision.kept  # noqa: E741
     full, wide = decision.full, factors.wide
-
-    def full_rank(f, core, ridge):
-        left, small = core
-        small = where_matrix(decision.usable, small, identity_like(small))
-        outer = (left, small) if wide else (q, small, left)
-        return FullRank(f, *outer, kept=kept, weights=weights, ridge=ridge)
-
+    data = Operator(t, down)
+    both = kept[..., :, None] & kept[..., None, :]
     if core is None:
         core = core_factors(r, decision, wide, ridge)
+    left, small = core
+    small = where_matrix(decision.usable, small, identity_like(small))
+
     if driver in ("gelsd", "gelss"):
-        s = abs(jnp.diagonal(decision.kept.l, axis1=-2, axis2=-1))
-        without = core if ridge is None else core_factors(r, decision, wide)
+        s = abs(jnp.diagonal(l, axis1=-2, axis2=-1))
+        without = small if ridge is None else core_factors(r, decision, wide)[1]
+        inverse = jnp.where(both, FullRank(data, None, without).normal_solve(identity_like(r)), 0)
         basis = mm(q, u) if wide else w
         # W^(1/2) D = W^(1/2) T N_w = Q R N_w, R^H Q^H N_w where T is wide
         dropped = H(_outside(basis, mm(q, r) if wide else H(r)))
-        constants = (basis, full_rank(q, without, None), s, kept, dropped, down)
-        basis = kept_basis(t, weights, *lax.stop_gradient(constants))
-        f, parts = _times(t, down, basis), None
+        basis = singular_basis(data, weights, *lax.stop_gradient((basis, inverse, s, kept, dropped)))
+        oblique = basis
     elif wide:
         basis = range_basis(mm(H(t), e), lax.stop_gradient(mm(q, u)), kept)
-        f, parts = mm(t, basis), None
+        oblique = basis
     else:
-        base = _times(t, down, e)
-        all_columns = FullRank(base, q, r_e, u, kept, weights)
-        _, j = augmented(all_columns, scaled(t, down), jnp.zeros_like(r))
-        j = where_matrix(full, identity_like(j), j)
-        basis = range_basis(H(j), w, kept)
-        f, parts = mm(base, mm(j, basis)), (base, j)
-    return Problem(full_rank(f, core, ridge)._replace(gram=gram), t, down, basis, parts)
+        eye = identity_like(r)
+        # B = Q u r_e and T_k w = Q u l: C = l^H r_e, and T_k w = B j.
+        inverse = triangular_solve(r_e, triangular_solve(l, eye, lower=True, adjoint=True))
+        b_inverse = triangular_solve(r_e, triangular_solve(r_e, eye, adjoint=True))
+        j = where_matrix(full, eye, triangular_solve(r_e, l))
+        constants = w, mm(e, j), e, jnp.where(both, inverse, 0), jnp.where(both, b_inverse, 0)
+        basis, oblique = pivoted_basis(data, weights, *lax.stop_gradient(constants))
+    outer = (left, small) if wide else (q, small, left)
+    f = data._replace(e=oblique)
+    return Problem(FullRank(f, *outer, kept=kept, weights=weights, ridge=ridge, gram=gram), basis)
 
 
 def with_problem(driver: str, fun: Callable[..., Any], factors: Factors, *operands: jax.Array) -> Any:
@@ -536,7 +549,7 @@ def with_problem(driver: str, fun: Callable[..., Any], factors: Factors, *operan
         return fun(_by_gram(factors), *operands)
 
     def whole(factors, *operands):
-        return fun(_full(factors.scaled()), *operands)
+        return fun(_full(factors), *operands)
 
     def truncated(factors, *operands):
         return fun(_truncated(driver, factors.expanded(driver)), *operands)
@@ -553,10 +566,6 @@ def with_problem(driver: str, fun: Callable[..., Any], factors: Factors, *operan
     return switch(index, branches, factors, *operands)
 
 
-def _zeros(f: jax.Array, rows: int, b: jax.Array) -> jax.Array:
-    return jnp.zeros((*f.shape[:-2], rows, b.shape[-1]), f.dtype)
-
-
 def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool):
     """The solution x = S b for right-hand sides b, and its squared residuals (None, where T is wide).
 
@@ -567,32 +576,35 @@ def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool):
     wide = factors.wide
 
     def apply(problem: Problem, b: jax.Array):
-        full_rank, t, down, w, *_ = problem
-        weights = full_rank.weights
-        f = full_rank.f
+        full_rank, w, _ = problem
+        weights, f = full_rank.weights, full_rank.f
         if adjoint:
-            v, _ = problem.augmented(_zeros(f, f.shape[-2], b), b if w is None else mm(H(w), b))
+            v, _ = problem.augmented(f.zeros(b, rows=True), b if w is None else mm(H(w), b))
             return weigh(weights, v), None
-        v, y = problem.augmented(b, _zeros(f, f.shape[-1], b))
+        v, y = problem.augmented(b, f.zeros(b, rows=False))
         x = y if w is None else mm(w, y)
         # D x is zero for the SVD, but not its derivative.
         d_v = None
         if w is not None:
             v = v - problem.dropped(x)
             d_v = None if wide else problem.dropped_adjoint(weigh(weights, v))
-        return x, None if wide else squared_residual(scaled(t, down), b, x, v, d_v, weights, full_rank.ridge)
+        return x, None if wide else squared_residual(problem.t, b, x, v, d_v, weights, full_rank.ridge)
 
     return with_problem(driver, apply, factors, b)
+
+
+def _onto_columns(full_rank: FullRank, rhs: jax.Array) -> jax.Array:
+    """F (F^H W F + ridge)^-1 rhs."""
+    return augmented(full_rank, full_rank.f.zeros(rhs, rows=True), rhs)[0]
 
 
 def covariance(driver: str, factors: Factors) -> jax.Array:
     """S W^-1 S^H = N T^H W T N, N = (T^H W T + ridge)^+, of the kept part."""
 
     def apply(problem: Problem):
-        f = problem.full_rank.f
-        rhs = identity_like(problem.full_rank.r) if problem.w is None else H(problem.w)
-        v, _ = augmented(problem.full_rank, _zeros(f, f.shape[-2], rhs), rhs)
-        return mm(H(v), weigh(problem.full_rank.weights, v))
+        full_rank, w, _ = problem
+        v = _onto_columns(full_rank, identity_like(full_rank.r) if w is None else H(w))
+        return mm(H(v), weigh(full_rank.weights, v))
 
     return with_problem(driver, apply, factors)
 
@@ -601,10 +613,10 @@ def leverages(driver: str, factors: Factors) -> jax.Array:
     """The diagonal of F (F^H W F + ridge)^-1 F^H W: how much each right-hand side moves its own fit."""
 
     def apply(problem: Problem):
-        f = problem.full_rank.f
-        rhs = identity_like(problem.full_rank.r)
-        v, _ = augmented(problem.full_rank, _zeros(f, f.shape[-2], rhs), rhs)
-        return weigh(problem.full_rank.weights, (v * f.conj()).real).sum(-1)
+        full_rank = problem.full_rank
+        eye = identity_like(full_rank.r)
+        v = _onto_columns(full_rank, eye)
+        return weigh(full_rank.weights, (v * full_rank.f.times(eye).conj()).real).sum(-1)
 
     return with_problem(driver, apply, factors)
 

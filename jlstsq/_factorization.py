@@ -38,6 +38,7 @@ from ._numerics import (
     varying,
     where_matrix,
 )
+from ._operator import adjoint_times
 from ._reduce import graded, orthonormal
 from ._result import LstsqResult
 
@@ -48,7 +49,7 @@ def _map(v: derivative.Factors, y: jax.Array, adjoint: bool = False) -> jax.Arra
     """V y or V^H y."""
     kept = v.decision.kept
     if v.wide:
-        return mm(H(kept.u), derivative.adjoint_times(v.q, y)) if adjoint else mm(v.q, mm(kept.u, y))
+        return mm(H(kept.u), adjoint_times(v.q, y)) if adjoint else mm(v.q, mm(kept.u, y))
     return mm(H(kept.w) if adjoint else kept.w, y)
 
 
@@ -62,7 +63,7 @@ def _core(factors: derivative.Factors) -> Pair:
 def _onto(u: derivative.Factors, f: jax.Array) -> jax.Array:
     """U^H f."""
     left, _ = _core(u)
-    return mm(H(left), f if u.wide else derivative.adjoint_times(u.q, f))
+    return mm(H(left), f if u.wide else adjoint_times(u.q, f))
 
 
 def _values(factors: derivative.Factors, b: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -73,7 +74,7 @@ def _values(factors: derivative.Factors, b: jax.Array) -> tuple[jax.Array, jax.A
     f = derivative.weigh(root, b)
     if weights is None and not factors.wide:
         # Q^H b is all that reads large data, and it is the same for every ridge.
-        c = derivative.adjoint_times(q, f)
+        c = adjoint_times(q, f)
 
         def general():
             return mm(decision.kept.w, triangular_solve(small, mm(H(left), c)))

@@ -26,6 +26,7 @@ from ._numerics import (
     power_of_two,
     where_matrix,
 )
+from ._operator import Operator
 from ._reduce import cholesky, factors, lanes, orthonormal, scaled
 
 
@@ -58,7 +59,7 @@ def _factorise(driver: str, adjoint: bool, t: jax.Array, rcond: jax.Array, b: ja
         """R without NaN, the decision on it, and the solution where nothing is truncated."""
         r, decision = cut(driver, r, rcond, finite, proven)
         regular = where_matrix(decision.full & decision.usable, r, identity_like(r))
-        return r, decision, FullRank(t, q, regular).solve(f, g)
+        return r, decision, FullRank(Operator(t), q, regular).solve(f, g)
 
     if not _by_gram(t.shape, t.dtype):
         largest, finite = largest_entry(t, (-2, -1))
@@ -76,7 +77,7 @@ def _factorise(driver: str, adjoint: bool, t: jax.Array, rcond: jax.Array, b: ja
     accepted = accepted | ~finite
     harmless = (where_matrix(accepted, x, identity_like(x)) for x in (gram.inverse, gram.triangle))
     gram = gram._replace(inverse=next(harmless), triangle=next(harmless), accepted=accepted)
-    solution = FullRank(t, None, gram.triangle, gram=gram).solve(f, g)
+    solution = FullRank(Operator(t), None, gram.triangle, gram=gram).solve(f, g)
     one = jnp.ones(accepted.shape, gram.squares.dtype)
 
     def fast():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from .._decompose import certificate, svd
 from .._numerics import abs2, largest_entry, where_matrix
+from .._operator import Operator
 from .._reduce import cholesky, lanes
 from . import lu, seminormal
 
@@ -60,10 +61,10 @@ def _by_gram(driver: str, adjoint: bool, t: jax.Array, b: jax.Array) -> Attempt:
     factor = cholesky.factor(t, rows_apart=adjoint)
     in_range, t_finite, b_finite = _in_range(t, b, factor.squares)
     if adjoint:
-        x, _, done = seminormal.augmented(t, factor, None, b)
+        x, _, done = seminormal.augmented(Operator(t), factor, None, b)
         rho = jnp.zeros(done.shape, factor.squares.dtype)
     else:
-        v, x, done = seminormal.augmented(t, factor, b, None)
+        v, x, done = seminormal.augmented(Operator(t), factor, b, None)
         rho = abs2(v).sum(-2)
     return Attempt(
         solution=x,

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._numerics import H, abs2, mm, varying
+from .._operator import Operator
 from .._reduce.cholesky import Gram
 
 # theta^16 is below eps.
@@ -59,31 +60,27 @@ def _corrected(gram: Gram, start: tuple, correct: Callable) -> tuple[tuple, jax.
 
 
 def augmented(
-    t: jax.Array, gram: Gram, f: jax.Array | None, g: jax.Array | None = None
+    t: Operator, gram: Gram, f: jax.Array | None, g: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(v, y) with v + T y = f, T^H v = g, and per column whether they are as good as any method's.
 
     f or g None: zero. With g = 0 y is T^+ f and v its residual, with f = 0 v is T^+H g.
     """
 
-    def adjoint_times(v):
-        """T^H v; with few columns XLA on CPU sums the second form less accurately, and no faster."""
-        return mm(H(t), v) if t.shape[-1] < 8 else H(mm(H(v), t))
-
     def rest(v):
         """R^-H D (T^H v - g): what is left of the second equation."""
-        parts = [] if v is None else [adjoint_times(v)]
+        parts = [] if v is None else [t.adjoint_times(v)]
         parts += [] if g is None else [-g]
         return mm(H(gram.inverse), sum(parts[1:], parts[0]))
 
     c = rest(f)
     y = mm(gram.inverse, c)
-    v = -mm(t, y) if f is None else f - mm(t, y)
+    v = -t.times(y) if f is None else f - t.times(y)
 
     def correct(v, y):
         d = rest(v)
         delta = mm(gram.inverse, d)
-        v = v - mm(t, delta)
+        v = v - t.times(delta)
         return (v, y + delta), _norms(d), _norms(c) + _norms(v)
 
     (v, y), done = _corrected(gram, (v, y), correct)
