@@ -42,22 +42,6 @@ def reflector(x: jax.Array, j: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     return v, tau, jnp.where(trivial, alpha, beta)
 
 
-def frobenius(a: jax.Array) -> jax.Array:
-    """||A||_F."""
-    return jnp.sqrt(abs2(a).sum((-2, -1)))
-
-
-def norm2_bound(a: jax.Array) -> jax.Array:
-    """An upper bound of ||A||_2: ||(A^H A)^2||_F^(1/4), at most p^(1/8) too large.
-
-    A is scaled by a norm first, so that the powers stay in range.
-    """
-    size = abs(a).sum((-2, -1))
-    unit = a / jnp.where(size > 0, size, 1)[..., None, None].astype(a.dtype)
-    gram = mm(H(unit), unit)
-    return size * abs2(mm(gram, gram)).sum((-2, -1)) ** 0.125
-
-
 def real_dtype(dtype: Any) -> Any:
     """The dtype of the absolute value."""
     return jnp.finfo(dtype).dtype

@@ -4,11 +4,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from ._numerics import H, mm, power_of_two
+from ._numerics import H, mm, power_of_two, varying
 
 # Columns from which XLA on CPU sums a product with the adjoint as well in the other order.
 _FEW = 8
+# Rows at a time in double precision.
+_ROWS = 2000
 
 
 def adjoint_times(q: jax.Array, b: jax.Array) -> jax.Array:
@@ -18,6 +21,31 @@ def adjoint_times(q: jax.Array, b: jax.Array) -> jax.Array:
     """
     columns = q.shape[-1]
     return mm(H(q), b) if columns < _FEW or b.shape[-1] >= columns else H(mm(H(b), q))
+
+
+def adjoint_times_in_double(q: jax.Array, b: jax.Array) -> jax.Array:
+    """Q^H b of single precision, on CPU summed in double: of a residual b little is left.
+
+    Some rows at a time where there are many.
+    """
+
+    def double(q, b):
+        with jax.enable_x64(True):
+            wide = jnp.promote_types(q.dtype, jnp.float64)
+
+            def whole(q, b):
+                return adjoint_times(q.astype(wide), b.astype(wide))
+
+            m = q.shape[-2]
+            if q.ndim > 2 or m < 2 * _ROWS:
+                return whole(q, b).astype(q.dtype)
+            rows = m // _ROWS * _ROWS
+            blocks = q[:rows].reshape(-1, _ROWS, q.shape[-1]), b[:rows].reshape(-1, _ROWS, b.shape[-1])
+            start = varying(jnp.zeros((q.shape[-1], b.shape[-1]), wide), (q, b))
+            total, _ = lax.scan(lambda total, block: (total + whole(*block), None), start, blocks)
+            return (total + whole(q[rows:], b[rows:])).astype(q.dtype)
+
+    return lax.platform_dependent(q, b, cpu=double, default=adjoint_times)
 
 
 class Operator(NamedTuple):
@@ -51,11 +79,12 @@ class Operator(NamedTuple):
         before, after = self._halves(z)
         return mm(self.t, z * before) * after
 
-    def adjoint_times(self, v: jax.Array) -> jax.Array:
-        """F^H v."""
+    def adjoint_times(self, v: jax.Array, double: bool = False) -> jax.Array:
+        """F^H v; `double` as in `adjoint_times_in_double`."""
+        product = adjoint_times_in_double if double else adjoint_times
         if self.down is None:
-            z = adjoint_times(self.t, v)
+            z = product(self.t, v)
         else:
             before, after = self._halves(v)
-            z = adjoint_times(self.t, v * before) * after
+            z = product(self.t, v * before) * after
         return z if self.e is None else mm(H(self.e), z)

@@ -47,6 +47,28 @@ def test_accepted_solutions_are_right(shape, precision):
         assert result.condition[i] * 1.001 >= kappa * (1 - 1e3 * eps * kappa)
 
 
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_double_sums_lose_no_digit_of_single_precision(batch, precision):
+    """Ill-conditioned float32 data with and without a residual: accepted, not behind LAPACK in float32."""
+    m, p, kappas = 1000, 80, (1e1, 1e2, 1e3, 3e3)
+    assert cholesky.in_double((*batch, m, p), np.float32)
+    assert not cholesky.in_double((*batch, m, p), np.float64)
+    rng = np.random.default_rng(6)
+    attempt = jax.jit(lambda A, b: _fast.attempt("gels", False, A, b)._replace(singular_values=None))
+    for kappa in kappas:
+        for noise in (0.0, 0.1):
+            A, b = problem(rng, m, p, kappa, np.float32, noise)
+            result = attempt(np.broadcast_to(A, (*batch, m, p)), np.broadcast_to(b[:, None], (*batch, m, 1)))
+            assert np.asarray(result.solved).all()
+            exact = np.linalg.lstsq(A.astype(float), b.astype(float))[0]
+            theirs = scipy.linalg.lstsq(A, b, cond=1e-7, lapack_driver="gelsy")[0]
+            assert theirs.dtype == np.float32
+            size = np.linalg.norm(exact)
+            error = np.linalg.norm(np.asarray(result.solution)[..., 0] - exact, axis=-1)
+            rounding = 2 * np.finfo(np.float32).eps * size
+            assert (error <= 2 * np.linalg.norm(theirs - exact) + rounding).all()
+
+
 @pytest.mark.parametrize("shape", [(60, 9), (9, 60)], ids=str)
 def test_accepted_gradients_are_right(shape, precision, monkeypatch):
     """Over a sweep of condition numbers: without Q as accurate as with Q, to the gradient's own rounding."""

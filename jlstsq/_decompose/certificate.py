@@ -7,7 +7,8 @@ each other to working precision. Both take R^-1, which is at hand.
 import jax
 import jax.numpy as jnp
 
-from .._numerics import abs2, frobenius, norm2_bound
+from .._norms import frobenius, norm2_bound
+from .._numerics import abs2
 
 # Rounding in R^-1 is kappa(R) eps relative, at most about 1/max(m, n) where the certificate can fire
 # at the default rcond; the margin covers it.

@@ -19,7 +19,7 @@ from jax import lax
 
 from .._numerics import H, abs2, mm, varying
 from .._operator import Operator
-from .._reduce.cholesky import Gram
+from .._reduce.cholesky import Gram, in_double
 
 # theta^16 is below eps.
 _CORRECTIONS = 16
@@ -51,7 +51,7 @@ def _corrected(gram: Gram, start: tuple, correct: Callable) -> tuple[tuple, jax.
         now = jax.tree.map(lambda a, b: jnp.where(done[..., None, :], a, b), now, new)
         # A correction that large refutes the bound. NaN is done: its column stays NaN.
         small = small & (done | ~(norm > _REFUTED * size))
-        return count + 1, now, done | ~(theta * norm > 2 * eps * size), small
+        return count + 1, now, done | ~(theta * norm > eps / 2 * size), small
 
     done = ~gram.accepted[..., None] & jnp.ones(start[0].shape[-1], bool)
     start = (0, start, done, jnp.ones_like(done))
@@ -66,10 +66,11 @@ def augmented(
 
     f or g None: zero. With g = 0 y is T^+ f and v its residual, with f = 0 v is T^+H g.
     """
+    double = in_double(t.t.shape, t.t.dtype)
 
     def rest(v):
         """R^-H D (T^H v - g): what is left of the second equation."""
-        parts = [] if v is None else [t.adjoint_times(v)]
+        parts = [] if v is None else [t.adjoint_times(v, double=double)]
         parts += [] if g is None else [-g]
         return mm(H(gram.inverse), sum(parts[1:], parts[0]))
 

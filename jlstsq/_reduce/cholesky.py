@@ -7,8 +7,15 @@ terms), plus that of Cholesky, p (p + 1) eps. So T D R^-1 is orthonormal to thet
 |R^-1| is bounded, not estimated. Accepted where theta is at most 0.1: the spectrum of R is then
 within 6 % of that of T D, and R2 R is as stable as Householder's (CholeskyQR2: Yamamoto, Nakatsukasa,
 Yanagisawa and Fukaya 2015, Electron. Trans. Numer. Anal. 44).
+
+A single precision T has its Gram matrix, and all that is made of it, in double precision on CPU, but for
+few columns: that takes twice the time, but is accepted up to a condition number of about 1e4 instead of
+10. E is nothing then, R as good as Householder's, and theta what rounding R^-1 to single precision, and
+multiplying by it, add: (1 + sqrt(p)) eps |R| |R^-1| in the Frobenius norm, with the probabilistic bound.
 """
 
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,14 +23,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._library import cholesky, inverse
+from .._norms import frobenius, norm2_bound
 from .._numerics import (
     H,
     cond,
-    frobenius,
     identity_like,
     largest_entry,
     mm,
-    norm2_bound,
     varying,
     where_matrix,
 )
@@ -35,6 +41,8 @@ _BLOCK = 512
 _FEW = 3
 # Rows at a time, where the product of the whole would be slow.
 _ROWS = 2000
+# Columns of one matrix up to which single precision is worth a try in itself.
+_SINGLE = 64
 # Condition number of R1 from which the explicit R1^-1 costs a digit.
 _HARMLESS = 10.0
 
@@ -49,16 +57,23 @@ class Gram(NamedTuple):
     condition: jax.Array  # (*batch) a bound of ||T|| ||T^+||
     accepted: jax.Array  # (*batch) bool: G lost nothing, is definite, and theta small
     squares: jax.Array  # (*batch, p), of the column norms
+    precise: jax.Array  # (*batch) bool: the triangle is R as good as Householder's
 
 
 def worthwhile(shape: tuple, dtype: Any) -> bool:
     """Whether T of this shape is likely to be accepted.
 
-    float32 data is up to a condition number of about ten only, which a random matrix has when it is
-    much taller than wide. A square one gains nothing.
+    A square one gains nothing, and a large one of single precision in double hardly.
     """
     m, p = shape[-2:]
-    return isinstance(m, int) and isinstance(p, int) and m >= (4 if jnp.finfo(dtype).bits == 32 else 2) * p
+    few = 4 if jnp.finfo(dtype).bits == 32 and len(shape) == 2 else 2
+    return isinstance(m, int) and isinstance(p, int) and m >= few * p
+
+
+def in_double(shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether on CPU products are summed in double precision, data of single precision."""
+    *batch, _, p = shape
+    return jnp.finfo(dtype).bits == 32 and (len(batch) > 0 or p > _SINGLE)
 
 
 def range_of(m: int, dtype: Any) -> tuple[float, float]:
@@ -89,28 +104,31 @@ def _rounding(m: int, p: int, dtype: Any) -> float:
     return p * min(operations, 4 * operations**0.5) * float(jnp.finfo(dtype).eps) / 2
 
 
-def product(t: jax.Array, rows_apart: bool = False) -> jax.Array:
-    """T^H T; `rows_apart` where T is the adjoint of what lies in memory.
+def product(t: jax.Array, rows_apart: bool = False, dtype: Any = None) -> jax.Array:
+    """T^H T in the precision `dtype`; `rows_apart` where T is the adjoint of what lies in memory.
 
     XLA on CPU multiplies a transpose that it does not store at half the speed in float64. To store it
     pays for large p, in blocks where T is tall, and for batches.
     """
     m, p = t.shape[-2:]
+    dtype = t.dtype if dtype is None else dtype
+    wider = dtype != t.dtype
 
     def stored(t):
-        columns = lax.optimization_barrier(t.mT)
+        columns = lax.optimization_barrier(t.mT.astype(dtype))
         return mm(columns, columns.mT)
 
     def blocked(t):
         whole = m // _ROWS * _ROWS
         total, _ = lax.scan(
             lambda total, rows: (total + stored(rows), None),
-            varying(jnp.zeros((p, p), t.dtype), t),
+            varying(jnp.zeros((p, p), dtype), t),
             t[:whole].reshape(-1, _ROWS, p),
         )
-        return total + mm(H(t[whole:]), t[whole:])
+        return total + plain(t[whole:])
 
     def plain(t):
+        t = t.astype(dtype)
         return mm(H(t), t)
 
     def summed(t):
@@ -121,43 +139,62 @@ def product(t: jax.Array, rows_apart: bool = False) -> jax.Array:
     if t.ndim == 2 and p <= _FEW and m > _BLOCK:
         return summed(t)
     if t.ndim > 2 and not rows_apart:
+        t = t.astype(dtype)
         return lax.platform_dependent(t, cpu=lambda t: mm(lax.optimization_barrier(H(t)), t), default=plain)
-    if t.ndim == 2 and t.dtype == jnp.float64 and not rows_apart and p > 64:
+    if wider and t.ndim == 2 and not rows_apart and m >= 4 * _ROWS:
+        return blocked(t)
+    if t.ndim == 2 and dtype == jnp.float64 and not rows_apart and p > 64:
         return lax.platform_dependent(t, cpu=blocked if m >= 4 * _ROWS else stored, default=plain)
     return plain(t)
 
 
 def factor(t: jax.Array, rows_apart: bool = False) -> Gram:
     """Cholesky of the Gram matrix of T (*batch, m, p)."""
+    plain = partial(_factor, rows_apart, False)
+    if not in_double(t.shape, t.dtype):
+        return plain(t)
+    return lax.platform_dependent(t, cpu=partial(_factor, rows_apart, True), default=plain)
+
+
+def _factor(rows_apart: bool, double: bool, t: jax.Array) -> Gram:
+    """The same, in double precision for a T in single precision or in its own."""
     m, p = t.shape[-2:]
-    g = product(t, rows_apart)
-    squares = jnp.diagonal(g, axis1=-2, axis2=-1).real
-    positive = ((squares > 0) & jnp.isfinite(squares)).all(-1)
-    d = 1 / jnp.sqrt(jnp.where(positive[..., None], squares, 1))
-    unit = g * d[..., :, None].astype(g.dtype) * d[..., None, :].astype(g.dtype)
-    eye = identity_like(g)
-    r = H(cholesky(where_matrix(positive, unit, eye)))
-    definite = positive & jnp.isfinite(jnp.diagonal(r, axis1=-2, axis2=-1).real).all(-1)
-    r = where_matrix(definite, r, eye)
-    x = inverse(r)
-    # The sharper bound costs two products of triangles; float32 has no room for the other.
-    sharp = (t.ndim == 2 and m >= 8 * p) or jnp.finfo(t.dtype).bits == 32
-    inverse_norm = norm2_bound(x) if sharp else frobenius(x)
-    contraction = _rounding(m, p, squares.dtype) * inverse_norm**2
-    accepted = definite & in_range(m, squares) & (contraction <= _CONTRACTION)
-    x = d[..., :, None].astype(x.dtype) * x
-    # ||T|| is at most its Frobenius norm, ||D R^-1|| at most its own and ||D|| ||R^-1||.
-    size = jnp.sqrt(squares.sum(-1))
-    inverse_size = jnp.minimum(d.max(-1) * inverse_norm, frobenius(x))
-    return Gram(
-        inverse=x,
-        triangle=r / d[..., None, :].astype(r.dtype),
-        inverse_norm=inverse_norm,
-        contraction=contraction,
-        condition=size * inverse_size,
-        accepted=accepted,
-        squares=squares,
-    )
+    real = jnp.finfo(t.dtype).dtype
+    with jax.enable_x64(True) if double else nullcontext():
+        wide = jnp.promote_types(t.dtype, jnp.float64) if double else t.dtype
+        g = product(t, rows_apart, wide)
+        squares = jnp.diagonal(g, axis1=-2, axis2=-1).real
+        positive = ((squares > 0) & jnp.isfinite(squares)).all(-1)
+        d = 1 / jnp.sqrt(jnp.where(positive[..., None], squares, 1))
+        unit = g * d[..., :, None].astype(wide) * d[..., None, :].astype(wide)
+        eye = identity_like(g)
+        r = H(cholesky(where_matrix(positive, unit, eye)))
+        definite = positive & jnp.isfinite(jnp.diagonal(r, axis1=-2, axis2=-1).real).all(-1)
+        r = where_matrix(definite, r, eye)
+        x = inverse(r)
+        # The sharper bound costs two products of triangles; single precision has no room for the other.
+        sharp = (t.ndim == 2 and m >= 8 * p) or (not double and jnp.finfo(real).bits == 32)
+        inverse_norm = norm2_bound(x) if sharp else frobenius(x)
+        contraction = _rounding(m, p, squares.dtype) * inverse_norm**2
+        if double:
+            applied = (1 + p**0.5) * p**0.5 * float(jnp.finfo(real).eps)
+            contraction = contraction + applied * frobenius(x)
+        x = d[..., :, None].astype(wide) * x
+        # ||T|| is at most its Frobenius norm, ||D R^-1|| at most its own and ||D|| ||R^-1||.
+        size = jnp.sqrt(squares.sum(-1))
+        inverse_size = jnp.minimum(d.max(-1) * inverse_norm, frobenius(x))
+        in_working_precision = squares.astype(real)
+        accepted = definite & in_range(m, in_working_precision) & (contraction <= _CONTRACTION)
+        return Gram(
+            inverse=x.astype(t.dtype),
+            triangle=(r / d[..., None, :].astype(wide)).astype(t.dtype),
+            inverse_norm=inverse_norm.astype(real),
+            contraction=contraction.astype(real),
+            condition=(size * inverse_size).astype(real),
+            accepted=accepted,
+            squares=in_working_precision,
+            precise=jnp.full_like(accepted, double),
+        )
 
 
 def _harmful(gram: Gram) -> jax.Array:
@@ -180,7 +217,7 @@ def _nearly_orthonormal(t: jax.Array, gram: Gram) -> jax.Array:
 
 def triangle(t: jax.Array, gram: Gram) -> jax.Array:
     """R of T, where accepted; with a condition number near one the first R is as good as the second."""
-    harmful = _harmful(gram)
+    harmful = _harmful(gram) & ~gram.precise
 
     def second():
         r = mm(H(cholesky(product(_nearly_orthonormal(t, gram)))), gram.triangle)

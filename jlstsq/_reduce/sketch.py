@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._library import cholesky, inverse, qr, triangle, triangular_solve
-from .._numerics import H, abs2, hashed, identity_like, mm, norm2_bound, varying, where_matrix
+from .._norms import norm2_bound
+from .._numerics import H, abs2, hashed, identity_like, mm, varying, where_matrix
 from .cholesky import product
 
 _ROWS = 4  # of the sketch, per column of T

@@ -1,0 +1,57 @@
+"""Upper bounds of norms.
+
+From random vectors: for a fixed unit v and g with independent entries, uniform and of variance one, v^T g
+has a density of at most 1 / sqrt(6) (Ball 1986: no slice of the unit cube is larger than sqrt(2)). For a
+matrix B with the leading right singular vector v, |B g| >= |B| |v^T g|, so
+
+    |B| <= f max_i |B g_i|   for r vectors, except with probability (2 / (f sqrt(6)))^r
+
+(Dixon 1983; Halko, Martinsson and Tropp 2011, lemma 4.1, for normal ones). r and f are such that this is
+below 1e-16, for a matrix that was not made to fit the vectors, which are always the same.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ._numerics import H, abs2, hashed, mm, real_dtype, varying
+
+# r and f: float64 has room for a loose bound, float32 at the default rcond has none.
+_VECTORS, _FACTOR = {64: 16, 32: 32}, {64: 8.2, 32: 2.6}
+# Columns up to which a product with the adjoint is cheaper.
+_FEW = 64
+
+
+def frobenius(a: jax.Array) -> jax.Array:
+    """||A||_F."""
+    return jnp.sqrt(abs2(a).sum((-2, -1)))
+
+
+def vectors(a: jax.Array) -> jax.Array:
+    """The columns g_i (*batch, n, r) for a (*batch, m, n), the same for every A."""
+    n, count = a.shape[-1], _VECTORS[jnp.finfo(a.dtype).bits]
+    uniform = (hashed(n * count) >> 8).astype(real_dtype(a.dtype)) * 2.0**-23 - 1
+    g = (uniform * 3**0.5).reshape(n, count).astype(a.dtype)
+    return varying(jnp.broadcast_to(g, (*a.shape[:-2], n, count)), a)
+
+
+def norm_from_images(images: jax.Array) -> jax.Array:
+    """A bound of ||B||_2 from B g_i."""
+    # One of the real and the imaginary part of v has norm 1 / sqrt(2) at least.
+    factor = _FACTOR[jnp.finfo(images.dtype).bits] * (2**0.5 if jnp.iscomplexobj(images) else 1)
+    return factor * jnp.sqrt(abs2(images).sum(-2).max(-1))
+
+
+def norm2_bound(a: jax.Array) -> jax.Array:
+    """An upper bound of ||A||_2: the fourth root of one of ||(A^H A)^2||, whose looseness it takes as well.
+
+    A is scaled by a norm first, so that the powers stay in range.
+    """
+    size = frobenius(a) if a.shape[-1] > _FEW else abs(a).sum((-2, -1))
+    unit = a / jnp.where(size > 0, size, 1)[..., None, None].astype(a.dtype)
+    if a.shape[-1] > _FEW:
+        z = mm(H(unit), mm(unit, vectors(a)))
+        fourth = norm_from_images(mm(H(unit), mm(unit, z)))
+    else:
+        gram = mm(H(unit), unit)
+        fourth = frobenius(mm(gram, gram))
+    return size * fourth**0.25
