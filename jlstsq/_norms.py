@@ -10,6 +10,8 @@ matrix B with the leading right singular vector v, |B g| >= |B| |v^T g|, so
 below 1e-16, for a matrix that was not made to fit the vectors, which are always the same.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -26,12 +28,16 @@ def frobenius(a: jax.Array) -> jax.Array:
     return jnp.sqrt(abs2(a).sum((-2, -1)))
 
 
+def random(rows: int, columns: int, dtype: Any) -> jax.Array:
+    """Fixed numbers, as if independent, uniform and of variance one."""
+    uniform = (hashed(rows * columns) >> 8).astype(real_dtype(dtype)) * 2.0**-23 - 1
+    return (uniform * 3**0.5).reshape(rows, columns).astype(dtype)
+
+
 def vectors(a: jax.Array) -> jax.Array:
     """The columns g_i (*batch, n, r) for a (*batch, m, n), the same for every A."""
     n, count = a.shape[-1], _VECTORS[jnp.finfo(a.dtype).bits]
-    uniform = (hashed(n * count) >> 8).astype(real_dtype(a.dtype)) * 2.0**-23 - 1
-    g = (uniform * 3**0.5).reshape(n, count).astype(a.dtype)
-    return varying(jnp.broadcast_to(g, (*a.shape[:-2], n, count)), a)
+    return varying(jnp.broadcast_to(random(n, count, a.dtype), (*a.shape[:-2], n, count)), a)
 
 
 def norm_from_images(images: jax.Array) -> jax.Array:

@@ -1,11 +1,15 @@
-"""Householder QR with column pivoting, R P = U Rp, as a `lax` loop over one small matrix.
+"""Householder QR with column pivoting, R P = U Rp, of one small matrix or a batch.
 
-Blocked as in LAPACK (Quintana-Orti, Sun and Bischof 1998; xLAQPS): inside a panel of steps the matrix
-is a - v f^H with a left alone, so that a step reads it once and writes none of it. Columns stay where
-they are, and are put in order at the end. Column norms are downdated, and recomputed where Drmac and
+Few columns take their pivots one by one, the column of largest remaining norm (Businger and Golub
+1965), in a `lax` loop. As in LAPACK (Quintana-Orti, Sun and Bischof 1998; xLAQPS) the matrix is
+a - v f^H with a left alone, so that a step reads it once and writes none of it. Columns stay where they
+are, and are put in order at the end. Column norms are downdated, and recomputed where Drmac and
 Bujanovic's test (LAPACK Working Note 176, 2006) says that the downdate has lost its digits.
-Reflectors are stored as LAPACK does, below the diagonal with their scales in tau: H_j = I - tau_j v_j
-v_j^H, v_j(j) = 1.
+
+Many columns take them all at once from a random mixture S R of the rows: Gaussian elimination of
+(S R)^H with partial pivoting chooses the column with the largest entry in one random combination of what
+remains, which is one of nearly largest norm (Melnichenko, Murray and others 2025, BQRRP). Then Rp is that
+of QR without pivoting. Its diagonal shows the rank as that of the loop does, but need not decrease.
 """
 
 from functools import partial
@@ -14,35 +18,48 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._library import householder_product
+from .._library import householder_product, lu, qr
+from .._norms import random
 from .._numerics import H, abs2, mm, reflector, varying
 
-_PANEL = 32
+# Columns up to which the loop is faster, for one matrix and for a batch alike.
+_FEW = 31
 
 
 def pivoted_qr(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U, Rp and the 0-based permutation with A[:, perm] = U Rp and |diag Rp| not increasing."""
+    """U, Rp and the 0-based permutation with A[:, perm] = U Rp."""
+    if a.shape[-1] > _FEW:
+        perm = _pivots(a)
+        return *qr(jnp.take_along_axis(a, perm[..., None, :], axis=-1)), perm
     vectors, taus, perm = _factor(a)
     return householder_product(vectors, taus), jnp.triu(vectors), perm
 
 
+def _pivots(a: jax.Array) -> jax.Array:
+    p = a.shape[-1]
+    _, perm = lu(H(mm(random(p, p, a.dtype), a)))
+    return perm.astype(int)
+
+
 @partial(jnp.vectorize, signature="(p,p)->(p,p),(p),(p)")
 def _factor(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Reflectors below the diagonal of the triangle, as LAPACK stores them, and their scales.
+
+    H_j = I - tau_j v_j v_j^H, v_j(j) = 1.
+    """
     p = a.shape[-1]
-    width = min(p, _PANEL)
     index = jnp.arange(p)
     tolerance = jnp.sqrt(jnp.finfo(a.dtype).eps)
 
-    def step(k, state):
-        first, a, v, f, out, taus, perm, norms, exact_norms = state
-        j = first + k
+    def step(j, state):
+        v, f, out, taus, perm, norms, exact_norms = state
         pivot = jnp.argmax(norms)
         x = a[:, pivot] - mm(v, f[pivot].conj())
         vj, tau, beta = reflector(x, j)
         out = out.at[:, pivot].set(jnp.where(index > j, vj, jnp.where(index == j, beta, x)))
         row = mm(vj.conj(), a) - mm(mm(vj.conj(), v), H(f))
-        v = v.at[:, k].set(vj)
-        f = f.at[:, k].set((jnp.conj(tau) * row).conj())
+        v = v.at[:, j].set(vj)
+        f = f.at[:, j].set((jnp.conj(tau) * row).conj())
 
         # Columns that have been pivots have the norm -1.
         norms = norms.at[pivot].set(-1)
@@ -60,17 +77,10 @@ def _factor(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             return jnp.where(left & lost, fresh, norms), jnp.where(left & lost, fresh, exact_norms)
 
         norms, exact_norms = lax.cond((left & lost).any(), recomputed, lambda: (norms, exact_norms))
-        return first, a, v, f, out, taus.at[j].set(tau), perm.at[j].set(pivot), norms, exact_norms
-
-    def panel(n, state):
-        first = n * width
-        a, *rest = state
-        empty = jnp.zeros((p, width), a.dtype)
-        start = (first, a, empty, empty, *rest)
-        _, a, v, f, *rest = lax.fori_loop(0, jnp.minimum(width, p - first), step, varying(start))
-        return (a - mm(v, H(f)), *rest)
+        return v, f, out, taus.at[j].set(tau), perm.at[j].set(pivot), norms, exact_norms
 
     norms = jnp.sqrt(abs2(a).sum(0))
-    state = (a, jnp.zeros_like(a), jnp.zeros(p, a.dtype), index, norms, norms)
-    _, out, taus, perm, _, _ = lax.fori_loop(0, -(-p // width), panel, varying(state))
+    empty = jnp.zeros_like(a)
+    state = (empty, empty, empty, jnp.zeros(p, a.dtype), index, norms, norms)
+    _, _, out, taus, perm, _, _ = lax.fori_loop(0, p, step, varying(state))
     return out[:, perm], taus, perm

@@ -1,0 +1,74 @@
+"""Pivoted QR: an exact factorisation, and a diagonal that shows the rank, at few and at many columns."""
+
+import jax
+import numpy as np
+import problems
+import pytest
+
+from jlstsq import lstsq
+from jlstsq._decompose.pivoted_qr import pivoted_qr
+
+RANK = 15
+
+
+def matrix(rng, p, kind):
+    if kind == "graded":
+        return problems.with_spectrum(rng, p, p, np.logspace(0, -6, p))
+    if kind == "complex":
+        return matrix(rng, p, "deficient") + 1j * matrix(rng, p, "deficient")
+    a = rng.standard_normal((p, RANK)) @ rng.standard_normal((RANK, p))
+    if kind == "repeated":
+        a = rng.standard_normal((p, p))
+        a[:, RANK:] = a[:, [3] * (p - RANK)]
+    if kind == "scaled":
+        a = a * np.logspace(8, -8, p)
+    return a * 0 if kind == "zero" else a
+
+
+@pytest.mark.parametrize("kind", ["deficient", "graded", "repeated", "scaled", "complex", "zero"])
+@pytest.mark.parametrize("p", [20, 50])
+def test_pivoted_qr(p, kind, precision):
+    rng = np.random.default_rng(4)
+    a = np.stack([matrix(rng, p, kind) for _ in range(3)])
+    real, imaginary = (np.float64, np.complex128) if precision else (np.float32, np.complex64)
+    a = a.astype(imaginary if kind == "complex" else real)
+    eps = np.finfo(a.dtype).eps
+    u, r, perm = (np.asarray(x) for x in jax.jit(pivoted_qr)(a))
+    if kind in ("deficient", "complex"):  # beyond the rank pivots are chosen by rounding errors
+        alone = jax.jit(pivoted_qr)(a[1])[2]
+        assert (perm[1] == alone)[:RANK].all()
+    for i in range(3):
+        assert (np.sort(perm[i]) == np.arange(p)).all()
+        norms = np.linalg.norm(a[i], axis=0)
+        assert (np.linalg.norm(a[i][:, perm[i]] - u[i] @ r[i], axis=0) <= 20 * p * eps * norms[perm[i]]).all()
+        assert np.linalg.norm(u[i].conj().T @ u[i] - np.eye(p)) < 20 * p * eps
+        assert (np.tril(r[i], -1) == 0).all()
+        diagonal, s = abs(np.diag(r[i])), np.linalg.svd(a[i].astype(np.complex128), compute_uv=False)
+        if kind == "scaled":  # pivots follow the columns' size, singular values do not
+            continue
+        floor = 100 * p * eps * s[0]
+        assert (diagonal <= 10 * s + floor).all()
+        assert (s <= 30 * diagonal + floor).all()
+
+
+@pytest.mark.parametrize("shape", [(90, 40), (40, 90)], ids=["tall", "wide"])
+def test_gelsy_of_many_columns(shape, x64):
+    """Truncated: the solution is gelsd's, the gradient that of differences within matrices of this rank."""
+    rng = np.random.default_rng(5)
+    left, right = rng.standard_normal((shape[0], RANK)), rng.standard_normal((RANK, shape[1]))
+    b, w, move = rng.standard_normal(shape[0]), rng.standard_normal(shape[1]), rng.standard_normal(left.shape)
+
+    @jax.jit
+    def f(A):
+        result = lstsq(A, b)
+        return result.solution @ w, result
+
+    (value, result), gradient = jax.value_and_grad(f, has_aux=True)(left @ right)
+    assert result.rank == RANK
+    exact = lstsq(left @ right, b, driver="gelsd").solution
+    np.testing.assert_allclose(result.solution, exact, rtol=1e-10, atol=1e-12)
+    h = 1e-6
+    difference = (f((left + h * move) @ right)[0] - f((left - h * move) @ right)[0]) / (2 * h)
+    np.testing.assert_allclose(
+        (gradient * (move @ right)).sum(), difference, rtol=1e-6, atol=1e-7 * abs(value)
+    )
