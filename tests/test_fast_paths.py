@@ -128,7 +128,11 @@ def test_sketch_is_as_good_as_householder(kappa, precision):
     q, r = (np.asarray(x, float) for x in jax.jit(sketch.orthonormal)(factors))
     exact = A.astype(float)
     if factors.accepted:
-        assert np.linalg.norm(q.T @ q - np.eye(p)) < 40 * p * eps
+        # Orthonormal where R is not zero: rows of R that would be rounding are, and so is Q there.
+        gram, size = q.T @ q, 40 * p * eps
+        assert np.linalg.norm(gram @ gram - gram) < size
+        assert np.linalg.norm(gram - np.eye(p)) < size or np.linalg.matrix_rank(exact, eps) < p
+        assert np.linalg.norm(gram @ r - r) < size
         assert np.linalg.norm(q @ r - exact) < 10 * eps * np.linalg.norm(exact)
         ours = jax.jit(sketch.project)(factors, b[:, None])
         theirs = jax.jit(householder.reduce_augmented)(A, b[:, None])

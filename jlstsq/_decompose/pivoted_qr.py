@@ -29,13 +29,14 @@ _FEW = 31
 def pivoted_qr(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """U, Rp and the 0-based permutation with A[:, perm] = U Rp."""
     if a.shape[-1] > _FEW:
-        perm = _pivots(a)
+        perm = pivots(a)
         return *qr(jnp.take_along_axis(a, perm[..., None, :], axis=-1)), perm
     vectors, taus, perm = _factor(a)
     return householder_product(vectors, taus), jnp.triu(vectors), perm
 
 
-def _pivots(a: jax.Array) -> jax.Array:
+def pivots(a: jax.Array) -> jax.Array:
+    """The permutation, from the random mixture."""
     p = a.shape[-1]
     _, perm = lu(H(mm(random(p, p, a.dtype), a)))
     return perm.astype(int)

@@ -4,10 +4,13 @@ A random sketch S T of 4 p rows has a pivoted triangle R1, S T P = Q_s R1, such 
 nearly orthonormal: its condition number is about 3, whatever that of T is. Cholesky of its Gram
 matrix, R2^H R2, then is as stable as Householder's method, T P = (Z R2^-1) (R2 R1) (rand_cholQR:
 Balabanov 2022; Higgins, Szyld, Boman and Yamazaki 2023; CQRRPT: Melnichenko et al. 2023; pivots from
-LU: BQRRP, Melnichenko et al. 2025).
+LU: BQRRP, Melnichenko, Murray and others 2025).
 
 Pivoting is what allows an explicit inverse of R1, and so a product instead of substitutions: the rows
-of R1 are graded, |R1^-1| |R1| is small, and that is what the backward error T P - Z R1 grows by.
+of R1 are graded, |R1^-1| |R1| is small, and that is what the backward error T P - Z R1 grows by. Where a
+column of the sketch depends on those before it to working precision, its row of R1 is replaced by the
+column's norm alone, so that Z holds what the others leave of T's column, over that norm. If this is
+rounding, as is measured, the row of R is zero.
 
 The sketch adds rows i, i + d, i + 2 d, ... with random signs (CountSketch: Clarkson and Woodruff
 2013): it costs one pass over T. No sketch is good for every T, so Z is tested: the condition number
@@ -20,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._decompose.pivoted_qr import pivots
 from .._library import cholesky, inverse, qr, triangle, triangular_solve
 from .._norms import norm2_bound
 from .._numerics import H, abs2, hashed, identity_like, mm, varying, where_matrix
@@ -30,6 +34,8 @@ _ROWS = 4  # of the sketch, per column of T
 _LARGEST = 16.0
 # Accepted growth of the backward error, the largest row sum of |R1^-1| |R1| per column.
 _GROWTH = 10.0
+# Units of rounding, per column of T: a row of R1 that may be nothing, and what is left of a column then.
+_NOTHING, _LEFT = 4.0, 2.0
 
 
 class Preconditioned(NamedTuple):
@@ -77,22 +83,25 @@ def precondition(t: jax.Array) -> Preconditioned:
     eye = identity_like(small)
     finite = jnp.isfinite(small).all()
     small = where_matrix(finite, small, eye)
-    # Row pivots of the adjoint's LU factorisation are column pivots of the triangle (BQRRP).
-    _, _, perm = lax.linalg.lu(H(small))
+    perm = pivots(small)
     r1 = triangle(small[:, perm])
-    regular = finite & (jnp.diagonal(r1) != 0).all()
-    r1 = where_matrix(regular, r1, eye)
+    norms = jnp.sqrt(abs2(r1).sum(0))
+    rounding = p * float(jnp.finfo(norms.dtype).eps)
+    nothing = abs(jnp.diagonal(r1)) <= _NOTHING * rounding * norms
+    r1 = jnp.where(nothing[:, None], jnp.diag(jnp.where(norms > 0, norms, 1)).astype(r1.dtype), r1)
     r1_inverse = inverse(r1)
     growth = mm(abs(r1_inverse), abs(r1)).sum(-1).max()
     order = jnp.argsort(perm)
     z = mm(t, r1_inverse[order])
-    r2 = H(cholesky(product(z)))
+    gram = product(z)
+    dependent = (~nothing | (jnp.diagonal(gram).real <= (_LEFT * rounding) ** 2)).all()
+    r2 = H(cholesky(jnp.where(nothing[:, None] | nothing, eye, gram)))
     definite = jnp.isfinite(r2).all()
     r2 = where_matrix(definite, r2, eye)
     r2_inverse = inverse(r2)
     condition = norm2_bound(r2) * norm2_bound(r2_inverse)
-    u, r = qr(mm(r2, r1)[:, order])
-    accepted = regular & definite & (condition <= _LARGEST) & (growth <= _GROWTH * p)
+    u, r = qr(jnp.where(nothing[:, None], 0, mm(r2, r1))[:, order])
+    accepted = finite & dependent & definite & (condition <= _LARGEST) & (growth <= _GROWTH * p)
     return Preconditioned(z, r2, r2_inverse, u, r, accepted)
 
 
