@@ -75,8 +75,6 @@ def switch(index: jax.Array, branches: Sequence[Callable], *operands: Any) -> An
     whose solution and adjoint solution evaluate the branch that is taken, forwards or backwards, when
     they are needed. Derivatives of higher order are those of the equation.
     """
-    if len(branches) == 1:
-        return branches[0](*operands)
     # Inside shard_map all of one type: an operand that does not vary has its derivative summed outside.
     index, operands = varying((index, operands))
     return _switch(tuple(branches), index, operands)

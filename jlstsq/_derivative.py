@@ -85,8 +85,8 @@ from ._autodiff import switch
 from ._decompose import Cut, Decision, expand
 from ._fast import seminormal
 from ._library import eigh, qr, triangular_solve
-from ._numerics import H, abs2, any_of, identity_like, mm, pick, where_matrix
-from ._operator import Operator, adjoint_times
+from ._numerics import H, abs2, any_of, cond, flat, identity_like, mm, pick, transposed, where_matrix
+from ._operator import Operator
 from ._reduce import scaled
 from ._reduce.cholesky import Gram
 
@@ -98,7 +98,7 @@ class Factors(NamedTuple):
     """
 
     t: jax.Array  # (*batch, m, n); wide only where there are weights or a ridge
-    q: jax.Array  # (*batch, m, p), (*batch, n, p) where T is wide
+    q: jax.Array  # (*batch, p m), `flat`; (*batch, p n) where T is wide
     r: jax.Array  # (*batch, p, p)
     decision: Any  # `Decision`, or a `Cut` that tells it
     weights: jax.Array | None = None  # (*batch, m)
@@ -120,6 +120,11 @@ class Factors(NamedTuple):
     @property
     def plain(self) -> bool:
         return self.weights is None and self.ridge is None
+
+    @property
+    def qt(self) -> jax.Array:
+        """Q^T."""
+        return transposed(self.q, self.r)
 
     def expanded(self, driver: str) -> "Factors":
         """The same with the factors of the kept part: in the branch that needs them."""
@@ -150,7 +155,7 @@ class FullRank(NamedTuple):
     """
 
     f: Operator  # differentiable
-    q: Any  # None: the Gram matrix of every element is accepted
+    q: Any  # `flat`; None: the Gram matrix of every element is accepted
     r: jax.Array
     left: jax.Array | None = None
     kept: jax.Array | None = None  # (*batch, columns) bool
@@ -161,9 +166,13 @@ class FullRank(NamedTuple):
     def constants(self) -> "FullRank":
         return jax.tree.map(lax.stop_gradient, self)
 
+    @property
+    def qt(self) -> jax.Array:
+        return transposed(self.q, self.r)
+
     def project(self, f: jax.Array) -> jax.Array:
         """(q left)^H W^(1/2) f."""
-        c = adjoint_times(self.q, weigh(root(self.weights), f))
+        c = mm(self.qt.conj(), weigh(root(self.weights), f))
         return c if self.left is None else mm(H(self.left), c)
 
     def second(self, y: jax.Array) -> jax.Array:
@@ -184,7 +193,12 @@ class FullRank(NamedTuple):
         by_products = seminormal.augmented(self.f, self.gram, f, g)[:2]
         if self.q is None:
             return by_products
-        return jax.tree.map(partial(pick, self.gram.accepted), by_products, self._by_factors(f, g))
+        accepted = self.gram.accepted
+
+        def otherwise():
+            return jax.tree.map(partial(pick, accepted), by_products, self._by_factors(f, g))
+
+        return cond(any_of(~accepted), otherwise, lambda: by_products, self.q, f)
 
     def _by_factors(self, f: jax.Array, g: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Rows of very different weight make q^H W^(1/2) f as inaccurate as the heaviest of them.
@@ -196,11 +210,11 @@ class FullRank(NamedTuple):
         y = triangular_solve(self.r, c)
         if self.weights is None and self.ridge is None:
             left = c if self.left is None else mm(self.left, c)
-            v = f - mm(self.q, left)
+            v = f - mm(self.qt.mT, left)
             if f.shape[-2] > _MANY and jnp.finfo(f.dtype).bits == 32:
                 c = self.project(v) - small
                 left = c if self.left is None else mm(self.left, c)
-                v, y = v - mm(self.q, left), y + triangular_solve(self.r, c)
+                v, y = v - mm(self.qt.mT, left), y + triangular_solve(self.r, c)
             return v, y
         v = f - self.f.times(y)
         if self.weights is not None:
@@ -388,7 +402,7 @@ def _range_basis_rule(primals, tangents):
     both = kept[..., :, None] & kept[..., None, :]
     small = mm(H(w), x)
     q, r = qr(lax.stop_gradient(jnp.where(both, small, identity_like(small))))
-    problem = FullRank(Operator(x), lax.stop_gradient(w), r, jnp.where(kept[..., :, None], q, 0), kept)
+    problem = FullRank(Operator(x), flat(lax.stop_gradient(w)), r, jnp.where(kept[..., :, None], q, 0), kept)
     _, c_inverse = augmented(problem, w, jnp.zeros_like(small))
     x_c = mm(x_dot, c_inverse)
     return w, x_c - mm(w, mm(H(w), x_c))
@@ -481,12 +495,6 @@ class Problem(NamedTuple):
         return solved(self.full_rank, f, g, *self.solved)
 
 
-def _by_gram(factors: Factors) -> Problem:
-    """Nothing truncated, T tall and every Gram matrix accepted: F = T."""
-    f = Operator(factors.t)
-    return Problem(FullRank(f, None, factors.r, gram=factors.gram), solved=factors.solved)
-
-
 def _full(factors: Factors) -> Problem:
     """Nothing truncated, T tall: F = T."""
     t, q, r, decision, weights, ridge, core, gram, down, solution = factors
@@ -516,13 +524,13 @@ def _truncated(driver: str, factors: Factors) -> Problem:
         s = abs(jnp.diagonal(l, axis1=-2, axis2=-1))
         without = small if ridge is None else core_factors(r, decision, wide)[1]
         inverse = jnp.where(both, FullRank(data, None, without).normal_solve(identity_like(r)), 0)
-        basis = mm(q, u) if wide else w
+        basis = mm(factors.qt.mT, u) if wide else w
         # W^(1/2) D = W^(1/2) T N_w = Q R N_w, R^H Q^H N_w where T is wide
-        dropped = H(_outside(basis, mm(q, r) if wide else H(r)))
+        dropped = H(_outside(basis, mm(factors.qt.mT, r) if wide else H(r)))
         basis = singular_basis(data, weights, *lax.stop_gradient((basis, inverse, s, kept, dropped)))
         oblique = basis
     elif wide:
-        basis = range_basis(mm(H(t), e), lax.stop_gradient(mm(q, u)), kept)
+        basis = range_basis(mm(H(t), e), lax.stop_gradient(mm(factors.qt.mT, u)), kept)
         oblique = basis
     else:
         eye = identity_like(r)
@@ -540,13 +548,9 @@ def _truncated(driver: str, factors: Factors) -> Problem:
 def with_problem(driver: str, fun: Callable[..., Any], factors: Factors, *operands: jax.Array) -> Any:
     """`fun` of the kept part and the operands, differentiable in them, in T, the weights and the ridge.
 
-    The batch, also that of a user's vmap, takes one branch: that of its worst element. Where all Gram
-    matrices are enough, or nothing is truncated, the cost is that of a few products with T. But each
-    element is solved as it would be alone.
+    The batch, also that of a user's vmap, takes one branch: that of its worst element. Where nothing is
+    truncated the cost is that of a few products with T. But each element is solved as it would be alone.
     """
-
-    def by_gram(factors, *operands):
-        return fun(_by_gram(factors), *operands)
 
     def whole(factors, *operands):
         return fun(_full(factors), *operands)
@@ -556,14 +560,10 @@ def with_problem(driver: str, fun: Callable[..., Any], factors: Factors, *operan
 
     if factors.wide:
         return truncated(factors, *operands)
-    branches, index = [whole], jnp.zeros((), int)
-    if driver != "gels":
-        branches.append(truncated)
-        index = any_of(~factors.decision.full).astype(int)
-    if factors.gram is not None:
-        branches = [by_gram, *branches]
-        index = jnp.where(any_of(~factors.gram.accepted), 1 + index, 0)
-    return switch(index, branches, factors, *operands)
+    if driver == "gels":
+        return whole(factors, *operands)
+    index = any_of(~factors.decision.full).astype(int)
+    return switch(index, [whole, truncated], factors, *operands)
 
 
 def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool):

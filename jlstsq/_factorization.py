@@ -29,6 +29,7 @@ from ._numerics import (
     H,
     abs2,
     any_of,
+    flat,
     identity_like,
     largest_entry,
     mm,
@@ -38,7 +39,6 @@ from ._numerics import (
     varying,
     where_matrix,
 )
-from ._operator import adjoint_times
 from ._reduce import graded, orthonormal
 from ._result import LstsqResult
 
@@ -49,7 +49,7 @@ def _map(v: derivative.Factors, y: jax.Array, adjoint: bool = False) -> jax.Arra
     """V y or V^H y."""
     kept = v.decision.kept
     if v.wide:
-        return mm(H(kept.u), adjoint_times(v.q, y)) if adjoint else mm(v.q, mm(kept.u, y))
+        return mm(H(kept.u), mm(v.qt.conj(), y)) if adjoint else mm(v.qt.mT, mm(kept.u, y))
     return mm(H(kept.w) if adjoint else kept.w, y)
 
 
@@ -63,18 +63,18 @@ def _core(factors: derivative.Factors) -> Pair:
 def _onto(u: derivative.Factors, f: jax.Array) -> jax.Array:
     """U^H f."""
     left, _ = _core(u)
-    return mm(H(left), f if u.wide else adjoint_times(u.q, f))
+    return mm(H(left), f if u.wide else mm(u.qt.conj(), f))
 
 
 def _values(factors: derivative.Factors, b: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """The solution, and the squared residuals where T is tall."""
-    t, q, r, decision, weights, ridge, *_ = factors
+    t, _, r, decision, weights, ridge, *_ = factors
     root = derivative.root(weights)
     left, small = _core(factors)
     f = derivative.weigh(root, b)
     if weights is None and not factors.wide:
         # Q^H b is all that reads large data, and it is the same for every ridge.
-        c = adjoint_times(q, f)
+        c = mm(factors.qt.conj(), f)
 
         def general():
             return mm(decision.kept.w, triangular_solve(small, mm(H(left), c)))
@@ -83,7 +83,7 @@ def _values(factors: derivative.Factors, b: jax.Array) -> tuple[jax.Array, jax.A
             x = lax.cond(any_of(~decision.full), general, lambda: triangular_solve(small, c))
         else:
             x = general()
-        return x, abs2(f - mm(q, c)).sum(-2) + abs2(c - mm(r, x)).sum(-2)
+        return x, abs2(f - mm(factors.qt.mT, c)).sum(-2) + abs2(c - mm(r, x)).sum(-2)
     y = triangular_solve(small, _onto(factors, f))
     x = _map(factors, y)
     if weights is None:
@@ -100,7 +100,7 @@ def _values_adjoint(factors: derivative.Factors, c: jax.Array) -> jax.Array:
     """S^H c = W^(1/2) U r^-H V^H c."""
     left, small = _core(factors)
     y = mm(left, triangular_solve(small, _map(factors, c, adjoint=True), adjoint=True))
-    return derivative.weigh(derivative.root(factors.weights), y if factors.wide else mm(factors.q, y))
+    return derivative.weigh(derivative.root(factors.weights), y if factors.wide else mm(factors.qt.mT, y))
 
 
 def _derivative_solve(driver: str, adjoint: bool, factors: derivative.Factors, b: jax.Array):
@@ -140,7 +140,7 @@ def _leverages(driver: str, factors: derivative.Factors) -> jax.Array:
 
     def values(factors):
         left, _ = _core(factors)
-        return abs2(left if factors.wide else mm(factors.q, left)).sum(-1)
+        return abs2(left if factors.wide else mm(factors.qt.mT, left)).sum(-1)
 
     return differentiated_as(partial(derivative.leverages, driver))(values)(factors)
 
@@ -163,7 +163,7 @@ def _singular_values(driver: str, factors: derivative.Factors) -> jax.Array:
 
     def exact(factors):
         u, s, v = lax.stop_gradient(svd.factors(factors.r, driver))
-        u, v = (v, mm(factors.q, u)) if factors.wide else (mm(factors.q, u), v)
+        u, v = (v, mm(factors.qt.mT, u)) if factors.wide else (mm(factors.qt.mT, u), v)
         u = derivative.weigh(derivative.root(factors.weights), u)
         return derivative.singular_triplets(factors.t, u, s, v, factors.weights)[1]
 
@@ -195,7 +195,7 @@ class Factorization:
     order: jax.Array | None  # (*batch, p) with weights: the pivots of T = W^(1/2) A, or its adjoint
     size: Pair  # (*batch) power of two next to W^(1/2) A, and its inverse
     weight_size: Pair | None  # (*batch) power of two next to the largest W^(1/2), and its inverse
-    q: jax.Array  # (*batch, max(m, n), p), T[:, order] / size = Q R
+    q: jax.Array  # (*batch, p max(m, n)), `flat`, T[:, order] / size = Q R
     r: jax.Array  # (*batch, p, p)
     decision: Decision
     core: Pair  # the kept part of R with the ridge, `core_factors`
@@ -374,7 +374,7 @@ class Factorization:
     def singular_values(self) -> jax.Array:
         """All singular values of W^(1/2) A, ``(*batch, min(m, n))``, decreasing, for every driver."""
         if not self.matrix.size:
-            return jnp.zeros(self.q.shape[:-2] + self.r.shape[-1:], self.size[0].dtype)
+            return jnp.zeros(self.r.shape[:-1], self.size[0].dtype)
         up = self.size[0] if self.weight_size is None else self.size[0] * self.weight_size[0]
         nan = jnp.where(self.valid, 1, jnp.nan).astype(up.dtype)
         s = _singular_values(self.driver, self._factors())
@@ -597,7 +597,7 @@ def _reduce(driver: str, dtype: Any, a: jax.Array, weights: jax.Array | None, rc
     t = constant * size[1][..., None, None].astype(a.dtype)
     t = H(t) if m < n else t
     if not a.size:
-        q, r, kept = t, jnp.zeros((*batch, p, p), a.dtype), jnp.zeros((*batch, p), bool)
+        q, r, kept = flat(t), jnp.zeros((*batch, p, p), a.dtype), jnp.zeros((*batch, p), bool)
         decision = Decision(Kept(r, r, r, r, r, kept), jnp.ones(batch, bool), jnp.ones(batch, bool))
     else:
         if weights is None:

@@ -18,12 +18,14 @@ from ._decompose import Cut, certificate, cut, svd, uncut
 from ._derivative import Factors, FullRank
 from ._numerics import (
     cond,
+    flat,
     identity_like,
     largest_entry,
     mm,
     native_batch,
     pick,
     power_of_two,
+    transposed,
     where_matrix,
 )
 from ._operator import Operator
@@ -33,7 +35,7 @@ from ._reduce import cholesky, factors, lanes, orthonormal, scaled
 class Factored(NamedTuple):
     """Factors of `down` T, and the first system solved with them."""
 
-    q: jax.Array  # (*batch, m, p), zero where no Q is needed
+    q: jax.Array  # (*batch, p m), `flat`; zero where no Q is needed
     r: jax.Array  # (*batch, p, p), the identity where T is not finite
     cut: Cut
     gram: cholesky.Gram | None  # accepted: enough for every right-hand side, of full rank; or not finite
@@ -81,7 +83,7 @@ def _factorise(driver: str, adjoint: bool, t: jax.Array, rcond: jax.Array, b: ja
     one = jnp.ones(accepted.shape, gram.squares.dtype)
 
     def fast():
-        return jnp.zeros_like(t), gram.triangle, uncut(driver, gram.triangle), one, one, solution
+        return jnp.zeros_like(flat(t)), gram.triangle, uncut(driver, gram.triangle), one, one, solution
 
     def careful():
         size = jnp.where(accepted, 1, largest_entry(t, (-2, -1))[0])
@@ -131,7 +133,7 @@ def triplets(driver: str) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array
         r = where_matrix(finite, r, jnp.zeros_like(r))
         if not gram:
             u, s, v = svd.factors(r, driver)
-            return mm(q, u), s, v
+            return mm(transposed(q, r).mT, u), s, v
         known = cholesky.Gram(*gram)
         by_gram = known.accepted & finite
         r = where_matrix(by_gram, cholesky.triangle(t, known), r)
@@ -140,7 +142,9 @@ def triplets(driver: str) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array
         inverse = jnp.where(by_gram[..., None], 1 / jnp.where(s > 0, s, 1), 0)
         direct = mm(t, v * inverse[..., None, :].astype(v.dtype))
         none = (~by_gram & finite).any()
-        u = cond(none, lambda: where_matrix(by_gram, direct, mm(q, u)), lambda: direct, t, q)
+        u = cond(
+            none, lambda: where_matrix(by_gram, direct, mm(transposed(q, r).mT, u)), lambda: direct, t, q
+        )
         return where_matrix(finite, u, jnp.zeros_like(u)), s, v
 
     batched = native_batch(decompose, 4 + len(cholesky.Gram._fields), (False,) * 3)

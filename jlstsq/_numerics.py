@@ -65,6 +65,19 @@ def pick(flags: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(flags.reshape(flags.shape + (1,) * (a.ndim - flags.ndim)), a, b)
 
 
+def flat(q: jax.Array) -> jax.Array:
+    """Q (*batch, m, p) column after column in one axis, which leaves XLA no order to choose.
+
+    LAPACK writes Q by columns; where branches return it as a matrix, XLA on CPU copies it to and fro.
+    """
+    return q.mT.reshape(*q.shape[:-2], q.shape[-1] * q.shape[-2])
+
+
+def transposed(q: jax.Array, r: jax.Array) -> jax.Array:
+    """Q^T of a flat Q, that has as many columns as the triangle r."""
+    return q.reshape(*q.shape[:-1], r.shape[-1], q.shape[-1] // r.shape[-1])
+
+
 def where_matrix(condition: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """A where the batch element's condition holds, b elsewhere."""
     return jnp.where(condition[..., None, None], a, b)

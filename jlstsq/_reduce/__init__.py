@@ -5,11 +5,12 @@ This module chooses how: by products where T is very tall and they are proven st
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 
-from .._numerics import cond, native_batch, where_matrix
+from .._numerics import cond, flat, native_batch, pick
 from . import cholesky, householder, lanes, sketch
 
 
@@ -47,30 +48,35 @@ def _by_sketch(
 
 
 def factors(t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Q and R of a T of any condition number."""
-    return _by_sketch(t, None, sketch.orthonormal, lambda: householder.orthonormal(t))
+    """Q (`flat`) and R of a T of any condition number."""
+    return _by_sketch(
+        t, None, lambda z: _flat(*sketch.orthonormal(z)), lambda: _flat(*householder.orthonormal(t))
+    )
+
+
+def _flat(q: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return flat(q), r
 
 
 def _orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
     if lanes.worthwhile(t.shape):
-        return lanes.orthonormal(t)
+        return _flat(*lanes.orthonormal(t))
     if not cholesky.worthwhile(t.shape, t.dtype):
         return factors(t)
     gram = cholesky.factor(t)
-    q, r = cholesky.orthonormal(t, gram)
+    by_products = _flat(*cholesky.orthonormal(t, gram))
 
     def otherwise():
-        other_q, other_r = factors(t)
-        return where_matrix(gram.accepted, q, other_q), where_matrix(gram.accepted, r, other_r)
+        return jax.tree.map(partial(pick, gram.accepted), by_products, factors(t))
 
-    return cond(gram.accepted.all(), lambda: (q, r), otherwise, t)
+    return cond(gram.accepted.all(), lambda: by_products, otherwise, t)
 
 
 _batched_orthonormal = native_batch(_orthonormal, 1, (False, False))
 
 
 def orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Q and R of T = Q R, Q of T's shape. Never differentiated.
+    """Q (`flat`) and R of T = Q R, Q of T's shape. Never differentiated.
 
     T of entries of order one: a Gram matrix squares them.
     """
