@@ -85,9 +85,8 @@ from ._autodiff import switch
 from ._decompose import Cut, Decision, expand
 from ._fast import seminormal
 from ._library import eigh, qr, triangular_solve
-from ._numerics import H, abs2, any_of, cond, flat, identity_like, mm, pick, transposed, where_matrix
+from ._numerics import H, abs2, any_of, cond, flat, identity_like, mm, pick, scaled, transposed, where_matrix
 from ._operator import Operator
-from ._reduce import scaled
 from ._reduce.cholesky import Gram
 
 

@@ -25,11 +25,12 @@ from ._numerics import (
     native_batch,
     pick,
     power_of_two,
+    scaled,
     transposed,
     where_matrix,
 )
 from ._operator import Operator
-from ._reduce import cholesky, factors, lanes, orthonormal, scaled
+from ._reduce import cholesky, factors, lanes, orthonormal
 
 
 class Factored(NamedTuple):
@@ -88,7 +89,7 @@ def _factorise(driver: str, adjoint: bool, t: jax.Array, rcond: jax.Array, b: ja
     def careful():
         size = jnp.where(accepted, 1, largest_entry(t, (-2, -1))[0])
         up, down = power_of_two(size)
-        q, r = factors(scaled(t, down))
+        q, r = factors(t, down)
         r = where_matrix(accepted, gram.triangle, r)
         r, decision, by_factors = decided(q, r, finite, accepted)
         return q, r, decision, up, down, jax.tree.map(partial(pick, accepted), solution, by_factors)

@@ -13,7 +13,7 @@ from ._autodiff import differentiated_as
 from ._factorization import factorize
 from ._factors import factorise, triplets
 from ._numerics import H, abs2, varying
-from ._reduce import scaled as t_scaled
+from ._numerics import scaled as t_scaled
 from ._result import LstsqResult
 from ._scaling import Scaled, good, scale_columns, unscale
 from ._values import values

@@ -1,11 +1,16 @@
 """Small numerical tools that every other module uses: adjoint, exact products, exact scaling."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+# Columns of one matrix up to which single precision is worth a try in itself.
+_SINGLE = 64
 
 
 def H(a: jax.Array) -> jax.Array:
@@ -40,6 +45,26 @@ def reflector(x: jax.Array, j: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     pivot = jnp.where(trivial, 1, alpha - beta)
     v = jnp.where(rows == j, 1, below / pivot[None])
     return v, tau, jnp.where(trivial, alpha, beta)
+
+
+def in_double(shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether on CPU data of single precision has its Gram matrix and what goes with it in double precision.
+
+    One matrix of few columns is worth a try in single precision, which takes half the time.
+    """
+    *batch, _, p = shape
+    return jnp.finfo(dtype).bits == 32 and (len(batch) > 0 or p > _SINGLE)
+
+
+@contextmanager
+def double_precision(dtype: Any) -> Iterator[Any]:
+    """Where double precision exists whatever the user's setting is; yields that of `dtype`.
+
+    Only for functions that `native_batch` traces again under vmap, and that are never differentiated:
+    JAX transforms a traced program with the setting of the place where it does so.
+    """
+    with jax.enable_x64(True):
+        yield np.result_type(dtype, np.float64)
 
 
 def real_dtype(dtype: Any) -> Any:
@@ -90,6 +115,11 @@ def largest_entry(a: jax.Array, axis: int | tuple[int, int]) -> tuple[jax.Array,
     largest = size.max(axis, initial=0)
     finite = jnp.isfinite(largest)
     return jnp.where(finite, largest, 0), finite
+
+
+def scaled(t: jax.Array, down: jax.Array | None) -> jax.Array:
+    """T times a power of two a matrix, T itself without one."""
+    return t if down is None else t * down[..., None, None].astype(t.dtype)
 
 
 def power_of_two(size: jax.Array) -> tuple[jax.Array, jax.Array]:

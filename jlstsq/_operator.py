@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._numerics import H, mm, power_of_two, varying
+from ._numerics import H, double_precision, in_double, mm, native_batch, power_of_two, varying
 
 # Columns from which XLA on CPU sums a product with the adjoint as well in the other order.
 _FEW = 8
@@ -23,20 +23,17 @@ def adjoint_times(q: jax.Array, b: jax.Array) -> jax.Array:
     return mm(H(q), b) if columns < _FEW or b.shape[-1] >= columns else H(mm(H(b), q))
 
 
-def adjoint_times_in_double(q: jax.Array, b: jax.Array) -> jax.Array:
-    """Q^H b of single precision, on CPU summed in double: of a residual b little is left.
-
-    Some rows at a time where there are many.
-    """
+def _precise(q: jax.Array, b: jax.Array) -> tuple[jax.Array]:
+    if not in_double(q.shape, q.dtype):
+        return (adjoint_times(q, b),)
+    m = q.shape[-2]
 
     def double(q, b):
-        with jax.enable_x64(True):
-            wide = jnp.promote_types(q.dtype, jnp.float64)
+        with double_precision(q.dtype) as wide:
 
             def whole(q, b):
                 return adjoint_times(q.astype(wide), b.astype(wide))
 
-            m = q.shape[-2]
             if q.ndim > 2 or m < 2 * _ROWS:
                 return whole(q, b).astype(q.dtype)
             rows = m // _ROWS * _ROWS
@@ -45,7 +42,20 @@ def adjoint_times_in_double(q: jax.Array, b: jax.Array) -> jax.Array:
             total, _ = lax.scan(lambda total, block: (total + whole(*block), None), start, blocks)
             return (total + whole(q[rows:], b[rows:])).astype(q.dtype)
 
-    return lax.platform_dependent(q, b, cpu=double, default=adjoint_times)
+    return (lax.platform_dependent(q, b, cpu=double, default=adjoint_times),)
+
+
+# JAX would batch the double precision program later, where double precision is off (jax 0.10.2).
+_batched = native_batch(_precise, 1, (True,))
+
+
+def precise_adjoint_times(q: jax.Array, b: jax.Array) -> jax.Array:
+    """Q^H b for a residual b, of which little is left: summed in double precision where `in_double`.
+
+    Some rows at a time where there are many. Never differentiated.
+    """
+    (c,) = _batched(q, b)
+    return c
 
 
 class Operator(NamedTuple):
@@ -79,9 +89,9 @@ class Operator(NamedTuple):
         before, after = self._halves(z)
         return mm(self.t, z * before) * after
 
-    def adjoint_times(self, v: jax.Array, double: bool = False) -> jax.Array:
-        """F^H v; `double` as in `adjoint_times_in_double`."""
-        product = adjoint_times_in_double if double else adjoint_times
+    def adjoint_times(self, v: jax.Array, precise: bool = False) -> jax.Array:
+        """F^H v; `precise` as in `precise_adjoint_times`."""
+        product = precise_adjoint_times if precise else adjoint_times
         if self.down is None:
             z = product(self.t, v)
         else:

@@ -9,6 +9,7 @@ import scipy.linalg
 
 from jlstsq import _fast, factorize, lstsq
 from jlstsq._factors import factorise
+from jlstsq._numerics import in_double
 from jlstsq._reduce import cholesky, householder, sketch
 
 KAPPAS = (1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e8, 1e12)
@@ -51,8 +52,8 @@ def test_accepted_solutions_are_right(shape, precision):
 def test_double_sums_lose_no_digit_of_single_precision(batch, precision):
     """Ill-conditioned float32 data with and without a residual: accepted, not behind LAPACK in float32."""
     m, p, kappas = 1000, 80, (1e1, 1e2, 1e3, 3e3)
-    assert cholesky.in_double((*batch, m, p), np.float32)
-    assert not cholesky.in_double((*batch, m, p), np.float64)
+    assert in_double((*batch, m, p), np.float32)
+    assert not in_double((*batch, m, p), np.float64)
     rng = np.random.default_rng(6)
     attempt = jax.jit(lambda A, b: _fast.attempt("gels", False, A, b)._replace(singular_values=None))
     for kappa in kappas:

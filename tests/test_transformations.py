@@ -97,6 +97,56 @@ def test_lowering(driver, platform):
             assert jax.export.export(fun, platforms=[platform])(A, B).platforms == (platform,)
 
 
+def single(shape, dtype):
+    """Ill-conditioned float32 or complex64 data, the batch in front."""
+    rng = np.random.default_rng(7)
+    s = np.logspace(0, -3, shape[-1])
+    A = np.stack([problems.with_spectrum(rng, *shape[1:], s, dtype) for _ in range(shape[0])]).astype(dtype)
+    return A, problems.right_hand_side(rng, shape[0], shape[1], dtype).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 30, 10), np.complex64), ((2, 200, 70), np.float32)], ids=str
+)
+def test_double_sums_under_vmap(shape, dtype):
+    """Sums in float64 without the user's x64: derivatives of a vmap, and the vmap of derivatives."""
+    A, B = single(shape, dtype)
+
+    def loss(A, B):
+        return (abs(lstsq(A, B[..., None], driver="gels").solution) ** 2).sum()
+
+    inside = jax.vmap(jax.grad(loss))(A, B)
+    outside = jax.grad(lambda A: jax.vmap(loss)(A, B).sum())(A)
+    batched = jax.grad(loss)(A, B)
+    scale = abs(batched).max()
+    for gradient in (inside, outside):
+        assert gradient.dtype == dtype
+        np.testing.assert_allclose(gradient, batched, atol=1e-4 * scale)
+    with jax.enable_x64(True):
+        exact = jax.grad(loss)(A.astype(np.result_type(dtype, float)), B.astype(np.result_type(dtype, float)))
+    np.testing.assert_allclose(batched, exact, atol=1e-3 * np.asarray(abs(exact)).max())
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((4, 40, 10), np.complex64), ((4000, 80), np.float32)], ids=str)
+def test_double_sums_trace_anywhere(shape, dtype):
+    """Nothing of the float64 program is seen by JAX's rules, which would make it float32, or complain."""
+    A, B = (jax.ShapeDtypeStruct((*shape[:-1], columns), dtype) for columns in (shape[-1], 1))
+
+    def solve(A, B):
+        return lstsq(A, B, driver="gels").solution
+
+    def loss(A, B):
+        return (abs(solve(A, B)) ** 2).sum()
+
+    with jax.numpy_dtype_promotion("strict"):
+        jax.make_jaxpr(jax.grad(loss))(A, B)
+    more = (jax.ShapeDtypeStruct((2, *x.shape), dtype) for x in (A, B))
+    jax.make_jaxpr(jax.vmap(jax.grad(loss)))(*more)
+    a, b = (jnp.ones(x.shape, dtype) for x in (A, B))
+    jax.make_jaxpr(jax.jacfwd(lambda x: abs(solve(a, x * b))))(jnp.ones((*A.shape[-2:-1], 1)))
+    jax.make_jaxpr(jax.hessian(lambda x: loss(a, x * b)))(1.0)
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_neighbours_change_no_bit(driver, x64):
     A, B = data()

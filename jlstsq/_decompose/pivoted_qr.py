@@ -36,9 +36,9 @@ def pivoted_qr(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def pivots(a: jax.Array) -> jax.Array:
-    """The permutation, from the random mixture."""
-    p = a.shape[-1]
-    _, perm = lu(H(mm(random(p, p, a.dtype), a)))
+    """The permutation for A (*batch, rows, p), from the random mixture."""
+    rows, p = a.shape[-2:]
+    _, perm = lu(H(mm(random(p, rows, a.dtype), a)))
     return perm.astype(int)
 
 

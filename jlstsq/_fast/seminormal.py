@@ -19,7 +19,7 @@ from jax import lax
 
 from .._numerics import H, abs2, mm, varying
 from .._operator import Operator
-from .._reduce.cholesky import Gram, in_double
+from .._reduce.cholesky import Gram
 
 # theta^16 is below eps.
 _CORRECTIONS = 16
@@ -53,7 +53,7 @@ def _corrected(gram: Gram, start: tuple, correct: Callable) -> tuple[tuple, jax.
         small = small & (done | ~(norm > _REFUTED * size))
         return count + 1, now, done | ~(theta * norm > eps / 2 * size), small
 
-    done = ~gram.accepted[..., None] & jnp.ones(start[0].shape[-1], bool)
+    done = jnp.broadcast_to(~gram.accepted[..., None], (*gram.accepted.shape, start[0].shape[-1]))
     start = (0, start, done, jnp.ones_like(done))
     _, now, done, small = lax.while_loop(going, step, varying(start))
     return now, done & small
@@ -66,11 +66,10 @@ def augmented(
 
     f or g None: zero. With g = 0 y is T^+ f and v its residual, with f = 0 v is T^+H g.
     """
-    double = in_double(t.t.shape, t.t.dtype)
 
     def rest(v):
         """R^-H D (T^H v - g): what is left of the second equation."""
-        parts = [] if v is None else [t.adjoint_times(v, double=double)]
+        parts = [] if v is None else [t.adjoint_times(v, precise=True)]
         parts += [] if g is None else [-g]
         return mm(H(gram.inverse), sum(parts[1:], parts[0]))
 

@@ -10,13 +10,8 @@ from typing import Any
 
 import jax
 
-from .._numerics import cond, flat, native_batch, pick
+from .._numerics import cond, flat, native_batch, pick, scaled
 from . import cholesky, householder, lanes, sketch
-
-
-def scaled(t: jax.Array, down: jax.Array | None) -> jax.Array:
-    """T times a power of two a matrix, T itself without one."""
-    return t if down is None else t * down[..., None, None].astype(t.dtype)
 
 
 def project(
@@ -43,15 +38,17 @@ def _by_sketch(
     """`by_products` of the preconditioned T where that is worth a try and accepted, else the other."""
     if not sketch.worthwhile(t.shape):
         return by_householder()
-    z = sketch.precondition(scaled(t, down))
+    z = sketch.precondition(t, down)
     return cond(z.accepted, lambda: by_products(z), by_householder, t, *data)
 
 
-def factors(t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Q (`flat`) and R of a T of any condition number."""
-    return _by_sketch(
-        t, None, lambda z: _flat(*sketch.orthonormal(z)), lambda: _flat(*householder.orthonormal(t))
-    )
+def factors(t: jax.Array, down: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Q (`flat`) and R of a T of any condition number, scaled by `down`."""
+
+    def by_householder():
+        return _flat(*householder.orthonormal(scaled(t, down)))
+
+    return _by_sketch(t, down, lambda z: _flat(*sketch.orthonormal(z)), by_householder)
 
 
 def _flat(q: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -27,7 +27,9 @@ from .._norms import frobenius, norm2_bound
 from .._numerics import (
     H,
     cond,
+    double_precision,
     identity_like,
+    in_double,
     largest_entry,
     mm,
     varying,
@@ -41,8 +43,8 @@ _BLOCK = 512
 _FEW = 3
 # Rows at a time, where the product of the whole would be slow.
 _ROWS = 2000
-# Columns of one matrix up to which single precision is worth a try in itself.
-_SINGLE = 64
+# Columns from which single precision in double is no faster than Householder's method unless m is large.
+_LARGE = 128
 # Condition number of R1 from which the explicit R1^-1 costs a digit.
 _HARMLESS = 10.0
 
@@ -63,17 +65,13 @@ class Gram(NamedTuple):
 def worthwhile(shape: tuple, dtype: Any) -> bool:
     """Whether T of this shape is likely to be accepted.
 
-    A square one gains nothing, and a large one of single precision in double hardly.
+    A square one gains nothing. The same for one matrix and for a batch, since a user's vmap makes one of
+    the other.
     """
     m, p = shape[-2:]
-    few = 4 if jnp.finfo(dtype).bits == 32 and len(shape) == 2 else 2
-    return isinstance(m, int) and isinstance(p, int) and m >= few * p
-
-
-def in_double(shape: tuple[int, ...], dtype: Any) -> bool:
-    """Whether on CPU products are summed in double precision, data of single precision."""
-    *batch, _, p = shape
-    return jnp.finfo(dtype).bits == 32 and (len(batch) > 0 or p > _SINGLE)
+    if not isinstance(m, int) or not isinstance(p, int):
+        return False
+    return m >= (4 if jnp.finfo(dtype).bits == 32 and p > _LARGE else 2) * p
 
 
 def range_of(m: int, dtype: Any) -> tuple[float, float]:
@@ -160,8 +158,7 @@ def _factor(rows_apart: bool, double: bool, t: jax.Array) -> Gram:
     """The same, in double precision for a T in single precision or in its own."""
     m, p = t.shape[-2:]
     real = jnp.finfo(t.dtype).dtype
-    with jax.enable_x64(True) if double else nullcontext():
-        wide = jnp.promote_types(t.dtype, jnp.float64) if double else t.dtype
+    with double_precision(t.dtype) if double else nullcontext(t.dtype) as wide:
         g = product(t, rows_apart, wide)
         squares = jnp.diagonal(g, axis1=-2, axis2=-1).real
         positive = ((squares > 0) & jnp.isfinite(squares)).all(-1)

@@ -26,7 +26,7 @@ from jax import lax
 from .._decompose.pivoted_qr import pivots
 from .._library import cholesky, inverse, qr, triangle, triangular_solve
 from .._norms import norm2_bound
-from .._numerics import H, abs2, hashed, identity_like, mm, varying, where_matrix
+from .._numerics import H, abs2, hashed, identity_like, mm, scaled, varying, where_matrix
 from .cholesky import product
 
 _ROWS = 4  # of the sketch, per column of T
@@ -76,15 +76,18 @@ def _sketch(t: jax.Array) -> jax.Array:
     return total.at[:left].add(t[whole * d :] * signs[whole * d :, None])
 
 
-def precondition(t: jax.Array) -> Preconditioned:
-    """Z, R2 and R of T (m, p)."""
+def precondition(t: jax.Array, down: jax.Array | None = None) -> Preconditioned:
+    """Z, R2 and R of T (m, p), scaled by `down`.
+
+    That is left to the small factors: where the sums of T overflow, they are refused.
+    """
     p = t.shape[-1]
-    small = triangle(_sketch(t))
-    eye = identity_like(small)
+    small = scaled(_sketch(t), down)
     finite = jnp.isfinite(small).all()
-    small = where_matrix(finite, small, eye)
+    small = where_matrix(finite, small, jnp.zeros_like(small))
     perm = pivots(small)
     r1 = triangle(small[:, perm])
+    eye = identity_like(r1)
     norms = jnp.sqrt(abs2(r1).sum(0))
     rounding = p * float(jnp.finfo(norms.dtype).eps)
     nothing = abs(jnp.diagonal(r1)) <= _NOTHING * rounding * norms
@@ -92,7 +95,7 @@ def precondition(t: jax.Array) -> Preconditioned:
     r1_inverse = inverse(r1)
     growth = mm(abs(r1_inverse), abs(r1)).sum(-1).max()
     order = jnp.argsort(perm)
-    z = mm(t, r1_inverse[order])
+    z = mm(t, scaled(r1_inverse[order], down))
     gram = product(z)
     dependent = (~nothing | (jnp.diagonal(gram).real <= (_LEFT * rounding) ** 2)).all()
     r2 = H(cholesky(jnp.where(nothing[:, None] | nothing, eye, gram)))
