@@ -539,7 +539,7 @@ def _truncated(driver: str, factors: Factors) -> Problem:
         j = where_matrix(full, eye, triangular_solve(r_e, l))
         constants = w, mm(e, j), e, jnp.where(both, inverse, 0), jnp.where(both, b_inverse, 0)
         basis, oblique = pivoted_basis(data, weights, *lax.stop_gradient(constants))
-    outer = (left, small) if wide else (q, small, left)
+    outer = (flat(left), small) if wide else (q, small, left)
     f = data._replace(e=oblique)
     return Problem(FullRank(f, *outer, kept=kept, weights=weights, ridge=ridge, gram=gram), basis)
 

@@ -89,7 +89,7 @@ def _factorise(driver: str, adjoint: bool, t: jax.Array, rcond: jax.Array, b: ja
     def careful():
         size = jnp.where(accepted, 1, largest_entry(t, (-2, -1))[0])
         up, down = power_of_two(size)
-        q, r = factors(t, down)
+        q, r = factors(t, down, None if driver == "gels" else rcond)
         r = where_matrix(accepted, gram.triangle, r)
         r, decision, by_factors = decided(q, r, finite, accepted)
         return q, r, decision, up, down, jax.tree.map(partial(pick, accepted), solution, by_factors)

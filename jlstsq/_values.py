@@ -24,10 +24,15 @@ def _careful(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arr
     """Scale, reduce, decompose, apply. rcond may have more leading dimensions than T and b."""
     scaled = scale(t, b)
     b, down = scaled.b, scaled.t_size[1]
+    cut = None if driver == "gels" else rcond
     if wide:
-        r, c, tail = triangle(t, down), b, jnp.zeros((*b.shape[:-2], b.shape[-1]), scaled.b_size[0].dtype)
+        r, c, tail = (
+            triangle(t, down, cut),
+            b,
+            jnp.zeros((*b.shape[:-2], b.shape[-1]), scaled.b_size[0].dtype),
+        )
     else:
-        r, c, tail = project(t, b, down)
+        r, c, tail = project(t, b, down, cut)
     s = _singular_values(driver, safe_triangle(scaled, r))
     r, c = (jnp.broadcast_to(a, (*rcond.shape, *a.shape[-2:])) for a in (r, c))
     ok = jnp.broadcast_to(scaled.t_finite, rcond.shape)

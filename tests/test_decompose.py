@@ -6,7 +6,7 @@ import problems
 import pytest
 
 from jlstsq import lstsq
-from jlstsq._decompose.pivoted_qr import pivoted_qr
+from jlstsq._decompose.pivoted_qr import pivoted_at_once, pivoted_qr
 
 RANK = 15
 
@@ -26,16 +26,16 @@ def matrix(rng, p, kind):
 
 
 @pytest.mark.parametrize("kind", ["deficient", "graded", "repeated", "scaled", "complex", "zero"])
-@pytest.mark.parametrize("p", [20, 50])
-def test_pivoted_qr(p, kind, precision):
+@pytest.mark.parametrize(("p", "factor"), [(20, pivoted_qr), (50, pivoted_at_once)], ids=["loop", "at once"])
+def test_pivoted_qr(p, factor, kind, precision):
     rng = np.random.default_rng(4)
     a = np.stack([matrix(rng, p, kind) for _ in range(3)])
     real, imaginary = (np.float64, np.complex128) if precision else (np.float32, np.complex64)
     a = a.astype(imaginary if kind == "complex" else real)
     eps = np.finfo(a.dtype).eps
-    u, r, perm = (np.asarray(x) for x in jax.jit(pivoted_qr)(a))
+    u, r, perm = (np.asarray(x) for x in jax.jit(factor)(a))
     if kind in ("deficient", "complex"):  # beyond the rank pivots are chosen by rounding errors
-        alone = jax.jit(pivoted_qr)(a[1])[2]
+        alone = jax.jit(factor)(a[1])[2]
         assert (perm[1] == alone)[:RANK].all()
     for i in range(3):
         assert (np.sort(perm[i]) == np.arange(p)).all()
@@ -49,6 +49,17 @@ def test_pivoted_qr(p, kind, precision):
         floor = 100 * p * eps * s[0]
         assert (diagonal <= 10 * s + floor).all()
         assert (s <= 30 * diagonal + floor).all()
+
+
+@pytest.mark.parametrize("gap", [10.0, 100.0, 1e6])
+def test_rank_at_a_gap(gap, x64):
+    """40 singular values of 1 and 24 smaller ones, as columns in any order: what xGELSY finds."""
+    rng = np.random.default_rng(8)
+    s = np.stack([rng.permutation(np.r_[np.ones(40), np.full(24, 1 / gap)]) for _ in range(40)])
+    A = s[:, None, :] * np.eye(64)
+    assert (lstsq(A, np.ones((40, 64)), gap**-0.5).rank == 40).all()
+    q = problems.orthonormal(rng, 64, 64, np.float64)
+    assert (lstsq(q @ A[:10], np.ones((10, 64)), gap**-0.5).rank == 40).all()
 
 
 @pytest.mark.parametrize("shape", [(90, 40), (40, 90)], ids=["tall", "wide"])

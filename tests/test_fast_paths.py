@@ -147,6 +147,22 @@ def test_sketch_is_as_good_as_householder(kappa, precision):
         assert kappa * eps > 1e-2
 
 
+def test_sketch_drops_nothing_that_counts(precision):
+    """Columns that depend on others to 30 eps: gels has an answer, and rcond = eps the full rank."""
+    eps = np.finfo(np.float64 if precision else np.float32).eps
+    rng = np.random.default_rng(9)
+    A = rng.standard_normal((2400, 20))
+    A /= np.linalg.norm(A, axis=0)
+    A[:, 7] = A[:, 3] + 30 * eps * A[:, 7]
+    A = A.astype(np.result_type(eps))
+    b = A @ np.ones(20, A.dtype)
+    assert sketch.worthwhile(A.shape)
+    assert np.linalg.norm(lstsq(A, b, driver="gels").solution - 1) < 0.5
+    assert lstsq(A, b, -1, driver="gelsd").rank == 20
+    for driver in ("gelsy", "gelsd"):
+        assert lstsq(A, b, driver=driver).rank == 19
+
+
 @pytest.mark.parametrize("spoil", ["zero", "nan", "one row", "repeated"])
 def test_sketch_refuses_or_is_right(spoil, x64):
     """Matrices that a sketch may lose: the answer is right all the same."""

@@ -7,26 +7,30 @@ Golub and Van Loan, Matrix Computations, 2013, section 5.5.4). Pivoting on R ins
 same pivots, since the columns of both have the same inner products.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from .._library import qr
-from .._numerics import H
+from .._numerics import H, abs2, cond, pick
 from .condition_estimate import estimate_rank
 from .kept import Kept
-from .pivoted_qr import pivoted_qr
+from .pivoted_qr import pivoted_at_once, pivoted_qr
+
+# Columns up to which pivots one by one are as fast, for one matrix and for a batch alike.
+_FEW = 31
 
 
 def decompose(r: jax.Array, rcond: jax.Array) -> Kept:
     """The leading part of the pivoted R whose condition estimate stays above the cut."""
-    u, rp, perm = pivoted_qr(r)
-    return _factors(u, rp, perm, _kept(rp, rcond))
+    return _factors(*_pivoted(r, rcond))
 
 
 def decide(r: jax.Array, rcond: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The pivots, and the mask of those kept."""
-    _, rp, perm = pivoted_qr(r)
-    return perm, _kept(rp, rcond)
+    _, _, perm, kept = _pivoted(r, rcond)
+    return perm, kept
 
 
 def rebuild(r: jax.Array, perm: jax.Array, kept: jax.Array) -> Kept:
@@ -35,8 +39,31 @@ def rebuild(r: jax.Array, perm: jax.Array, kept: jax.Array) -> Kept:
     return _factors(u, rp, perm, kept)
 
 
-def _kept(rp: jax.Array, rcond: jax.Array) -> jax.Array:
-    return jnp.arange(rp.shape[-1]) < estimate_rank(rp, rcond)[..., None]
+def _pivoted(r: jax.Array, rcond: jax.Array) -> tuple[jax.Array, ...]:
+    """U, Rp, the pivots and which of them are kept.
+
+    Pivots taken at once are believed where no column that is dropped has more than rcond smax left:
+    then none could have been kept. Else they are taken one by one.
+    """
+    p = r.shape[-1]
+    index = jnp.arange(p)
+
+    def decided(u, rp, perm):
+        rank, size = estimate_rank(rp, rcond)
+        kept = index < rank[..., None]
+        dropped = ~(kept[..., :, None] | kept[..., None, :])
+        left = jnp.sqrt(jnp.where(dropped, abs2(rp), 0).sum(-2)).max(-1)
+        return (u, rp, perm, kept), left <= rcond * size
+
+    r = jnp.broadcast_to(r, (*rcond.shape, p, p))
+    if p <= _FEW:
+        return decided(*pivoted_qr(r))[0]
+    at_once, believed = decided(*pivoted_at_once(r))
+
+    def one_by_one():
+        return jax.tree.map(partial(pick, believed), at_once, decided(*pivoted_qr(r))[0])
+
+    return cond(believed.all(), lambda: at_once, one_by_one, r, rcond)
 
 
 def _factors(u: jax.Array, rp: jax.Array, perm: jax.Array, kept: jax.Array) -> Kept:

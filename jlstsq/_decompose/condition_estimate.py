@@ -43,20 +43,22 @@ def _update(sest: jax.Array, alpha: jax.Array, gamma: jax.Array):
     return estimate * size, s, c
 
 
-@partial(jnp.vectorize, signature="(p,p),()->()")
-def estimate_rank(r: jax.Array, rcond: jax.Array) -> jax.Array:
-    """The number of leading columns of the triangle whose estimated smin / smax exceeds rcond."""
+@partial(jnp.vectorize, signature="(p,p),()->(),()")
+def estimate_rank(r: jax.Array, rcond: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The number of leading columns of the triangle whose estimated smin / smax exceeds rcond, and smax."""
     p = r.shape[-1]
     first = abs(r[0, 0])
     start = first > rcond * first
 
     def step(j, state):
-        rank, going, sest, x = state
+        rank, going, size, sest, x = state
         column = jnp.where(jnp.arange(p) < j, r[:, j], 0)
         sest, s, c = _update(sest, mm(x.conj(), column), r[j, j])
         going = going & (sest[1] > rcond * sest[0])
-        return rank + going.astype(int), going, sest, (s[:, None] * x).at[:, j].set(c)
+        size = jnp.where(going, sest[0], size)
+        return rank + going.astype(int), going, size, sest, (s[:, None] * x).at[:, j].set(c)
 
     x = jnp.zeros((2, p), r.dtype).at[:, 0].set(1)
-    state = (start.astype(int), start, jnp.stack([first, first]), x)
-    return lax.fori_loop(1, p, step, varying(state, r, rcond))[0]
+    state = (start.astype(int), start, first, jnp.stack([first, first]), x)
+    rank, _, size, _, _ = lax.fori_loop(1, p, step, varying(state, r, rcond))
+    return rank, size

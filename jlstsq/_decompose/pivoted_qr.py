@@ -1,15 +1,15 @@
 """Householder QR with column pivoting, R P = U Rp, of one small matrix or a batch.
 
-Few columns take their pivots one by one, the column of largest remaining norm (Businger and Golub
+Pivots are taken one by one, the column of largest remaining norm (Businger and Golub
 1965), in a `lax` loop. As in LAPACK (Quintana-Orti, Sun and Bischof 1998; xLAQPS) the matrix is
 a - v f^H with a left alone, so that a step reads it once and writes none of it. Columns stay where they
 are, and are put in order at the end. Column norms are downdated, and recomputed where Drmac and
 Bujanovic's test (LAPACK Working Note 176, 2006) says that the downdate has lost its digits.
 
-Many columns take them all at once from a random mixture S R of the rows: Gaussian elimination of
-(S R)^H with partial pivoting chooses the column with the largest entry in one random combination of what
-remains, which is one of nearly largest norm (Melnichenko, Murray and others 2025, BQRRP). Then Rp is that
-of QR without pivoting. Its diagonal shows the rank as that of the loop does, but need not decrease.
+All at once they come from a random mixture S R of the rows: Gaussian elimination of (S R)^H with partial
+pivoting chooses the column with the largest entry in one random combination of what remains, most often
+one of nearly largest norm (Melnichenko, Murray and others 2025, BQRRP). Then Rp is that of QR without
+pivoting. Its diagonal need not decrease: whoever truncates it has to look at what is dropped.
 """
 
 from functools import partial
@@ -22,17 +22,19 @@ from .._library import householder_product, lu, qr
 from .._norms import random
 from .._numerics import H, abs2, mm, reflector, varying
 
-# Columns up to which the loop is faster, for one matrix and for a batch alike.
-_FEW = 31
+Factors = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def pivoted_qr(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U, Rp and the 0-based permutation with A[:, perm] = U Rp."""
-    if a.shape[-1] > _FEW:
-        perm = pivots(a)
-        return *qr(jnp.take_along_axis(a, perm[..., None, :], axis=-1)), perm
+def pivoted_qr(a: jax.Array) -> Factors:
+    """U, Rp and the 0-based permutation with A[:, perm] = U Rp, |diag Rp| not increasing."""
     vectors, taus, perm = _factor(a)
     return householder_product(vectors, taus), jnp.triu(vectors), perm
+
+
+def pivoted_at_once(a: jax.Array) -> Factors:
+    """The same from the random mixture; the diagonal may increase."""
+    perm = pivots(a)
+    return *qr(jnp.take_along_axis(a, perm[..., None, :], axis=-1)), perm
 
 
 def pivots(a: jax.Array) -> jax.Array:

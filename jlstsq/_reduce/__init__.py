@@ -15,40 +15,53 @@ from . import cholesky, householder, lanes, sketch
 
 
 def project(
-    t: jax.Array, b: jax.Array, down: jax.Array | None = None
+    t: jax.Array, b: jax.Array, down: jax.Array | None = None, rcond: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """R, Q^H b and the squared norms of the columns of (I - Q Q^H) b, of T scaled by `down`.
 
-    To scale T is left to the branch that does the work, so that no copy of it waits in the other.
+    To scale T is left to the branch that does the work, so that no copy of it waits in the other. Where
+    R is truncated at `rcond`, rows far below that may be zero.
     """
     # Each right-hand side that rides along in QR of [T, b] costs as much as a column of T;
     # beyond about p of them forming Q once is cheaper.
     by_householder = householder.reduce_augmented if b.shape[-1] <= t.shape[-1] else householder.reduce_apply
-    return _by_sketch(t, down, lambda z: sketch.project(z, b), lambda: by_householder(scaled(t, down), b), b)
+    return _by_sketch(
+        t, down, rcond, lambda z: sketch.project(z, b), lambda: by_householder(scaled(t, down), b), b
+    )
 
 
-def triangle(t: jax.Array, down: jax.Array | None = None) -> jax.Array:
-    """R of T = Q R, T scaled by `down`."""
-    return _by_sketch(t, down, lambda z: z.r, lambda: householder.triangle(scaled(t, down)))
+def triangle(t: jax.Array, down: jax.Array | None = None, rcond: jax.Array | None = None) -> jax.Array:
+    """R of T = Q R, T scaled by `down`; `rcond` as in `project`."""
+    return _by_sketch(t, down, rcond, lambda z: z.r, lambda: householder.triangle(scaled(t, down)))
 
 
 def _by_sketch(
-    t: jax.Array, down: jax.Array | None, by_products: Callable, by_householder: Callable, *data: jax.Array
+    t: jax.Array,
+    down: jax.Array | None,
+    rcond: jax.Array | None,
+    by_products: Callable,
+    by_householder: Callable,
+    *data: jax.Array,
 ) -> Any:
     """`by_products` of the preconditioned T where that is worth a try and accepted, else the other."""
     if not sketch.worthwhile(t.shape):
         return by_householder()
-    z = sketch.precondition(t, down)
+    z = sketch.precondition(t, down, rcond)
     return cond(z.accepted, lambda: by_products(z), by_householder, t, *data)
 
 
-def factors(t: jax.Array, down: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Q (`flat`) and R of a T of any condition number, scaled by `down`."""
+def factors(
+    t: jax.Array, down: jax.Array | None = None, rcond: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Q (`flat`) and R of a T of any condition number, scaled by `down`; `rcond` as in `project`.
+
+    Rows of R that are zero have none of Q.
+    """
 
     def by_householder():
         return _flat(*householder.orthonormal(scaled(t, down)))
 
-    return _by_sketch(t, down, lambda z: _flat(*sketch.orthonormal(z)), by_householder)
+    return _by_sketch(t, down, rcond, lambda z: _flat(*sketch.orthonormal(z)), by_householder)
 
 
 def _flat(q: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -36,6 +36,8 @@ _LARGEST = 16.0
 _GROWTH = 10.0
 # Units of rounding, per column of T: a row of R1 that may be nothing, and what is left of a column then.
 _NOTHING, _LEFT = 4.0, 2.0
+# And the smallest rcond that truncates it in any case.
+_TRUNCATED = 50.0
 
 
 class Preconditioned(NamedTuple):
@@ -76,10 +78,13 @@ def _sketch(t: jax.Array) -> jax.Array:
     return total.at[:left].add(t[whole * d :] * signs[whole * d :, None])
 
 
-def precondition(t: jax.Array, down: jax.Array | None = None) -> Preconditioned:
+def precondition(
+    t: jax.Array, down: jax.Array | None = None, rcond: jax.Array | None = None
+) -> Preconditioned:
     """Z, R2 and R of T (m, p), scaled by `down`.
 
-    That is left to the small factors: where the sums of T overflow, they are refused.
+    That is left to the small factors: where the sums of T overflow, they are refused. So are dependent
+    columns, but where `rcond` truncates much more than what they have left.
     """
     p = t.shape[-1]
     small = scaled(_sketch(t), down)
@@ -98,6 +103,8 @@ def precondition(t: jax.Array, down: jax.Array | None = None) -> Preconditioned:
     z = mm(t, scaled(r1_inverse[order], down))
     gram = product(z)
     dependent = (~nothing | (jnp.diagonal(gram).real <= (_LEFT * rounding) ** 2)).all()
+    truncated = False if rcond is None else (rcond >= _TRUNCATED * rounding).all()
+    dependent = dependent & (truncated | ~nothing.any())
     r2 = H(cholesky(jnp.where(nothing[:, None] | nothing, eye, gram)))
     definite = jnp.isfinite(r2).all()
     r2 = where_matrix(definite, r2, eye)
