@@ -177,14 +177,16 @@ def _factor(rows_apart: bool, double: bool, t: jax.Array) -> Gram:
             applied = (1 + p**0.5) * p**0.5 * float(jnp.finfo(real).eps)
             contraction = contraction + applied * frobenius(x)
         x = d[..., :, None].astype(wide) * x
-        # ||T|| is at most its Frobenius norm, ||D R^-1|| at most its own and ||D|| ||R^-1||.
-        size = jnp.sqrt(squares.sum(-1))
+        # ||T|| is at most its Frobenius norm, ||D R^-1|| at most its own and ||D|| ||R^-1||. The default
+        # rcond of many rows in single precision needs more.
+        triangle = r / d[..., None, :].astype(wide)
+        size = norm2_bound(triangle) if double and t.ndim == 2 else jnp.sqrt(squares.sum(-1))
         inverse_size = jnp.minimum(d.max(-1) * inverse_norm, frobenius(x))
         in_working_precision = squares.astype(real)
         accepted = definite & in_range(m, in_working_precision) & (contraction <= _CONTRACTION)
         return Gram(
             inverse=x.astype(t.dtype),
-            triangle=(r / d[..., None, :].astype(wide)).astype(t.dtype),
+            triangle=triangle.astype(t.dtype),
             inverse_norm=inverse_norm.astype(real),
             contraction=contraction.astype(real),
             condition=(size * inverse_size).astype(real),
