@@ -37,7 +37,8 @@ class Factored(NamedTuple):
     """Factors of `down` T, and the first system solved with them."""
 
     q: jax.Array  # (*batch, p m), `flat`; zero where no Q is needed
-    r: jax.Array  # (*batch, p, p), the identity where T is not finite
+    # (*batch, p, p), the identity where T is not finite; where the Gram matrix is accepted its inverse factor
+    r: jax.Array
     cut: Cut
     gram: cholesky.Gram | None  # accepted: enough for every right-hand side, of full rank; or not finite
     up: jax.Array  # (*batch) the scale of T, 1 where the Gram matrix is accepted
@@ -84,13 +85,14 @@ def _factorise(driver: str, adjoint: bool, t: jax.Array, rcond: jax.Array, b: ja
     one = jnp.ones(accepted.shape, gram.squares.dtype)
 
     def fast():
-        return jnp.zeros_like(flat(t)), gram.triangle, uncut(driver, gram.triangle), one, one, solution
+        return jnp.zeros_like(flat(t)), gram.inverse, uncut(driver, gram.inverse), one, one, solution
 
     def careful():
         size = jnp.where(accepted, 1, largest_entry(t, (-2, -1))[0])
         up, down = power_of_two(size)
         q, r = factors(t, down, None if driver == "gels" else rcond)
-        r = where_matrix(accepted, gram.triangle, r)
+        # Not used there but to compute with.
+        r = where_matrix(accepted, gram.inverse, r)
         r, decision, by_factors = decided(q, r, finite, accepted)
         return q, r, decision, up, down, jax.tree.map(partial(pick, accepted), solution, by_factors)
 
@@ -107,21 +109,21 @@ def factorise(driver: str, adjoint: bool) -> Callable[..., Factored]:
 
     def call(t, rcond, b):
         leaf: Any = 0
-        gram = cholesky.Gram(*[leaf] * len(cholesky.Gram._fields))._replace(triangle=None)
+        gram = cholesky.Gram(*[leaf] * len(cholesky.Gram._fields))._replace(inverse=None, triangle=None)
         gram = gram if _by_gram(t.shape, t.dtype) else None
         cut = Cut(*[leaf] * len(Cut._fields))
         structure = jax.tree.structure(Factored(leaf, leaf, cut, gram, leaf, leaf, leaf, (leaf, leaf)))
 
         def leaves(t, rcond, b):
             out = _factorise(driver, adjoint, t, rcond, b)
-            # R holds the triangle, where it is accepted.
-            slim = out.gram and out.gram._replace(triangle=None)
+            # A batch's triangles are large: `r` has the one that is needed of each.
+            slim = out.gram and out.gram._replace(inverse=None, triangle=None)
             return tuple(jax.tree.leaves(out._replace(gram=slim)))
 
         columns_out = (False,) * (structure.num_leaves - 2) + (True, True)
         batched = native_batch(partial(in_blocks, leaves), 2, columns_out)
         out = jax.tree.unflatten(structure, batched(t, rcond, b))
-        return out._replace(gram=out.gram and out.gram._replace(triangle=out.r))
+        return out._replace(gram=out.gram and out.gram._replace(inverse=out.r))
 
     return call
 
@@ -130,14 +132,13 @@ def factorise(driver: str, adjoint: bool) -> Callable[..., Factored]:
 def triplets(driver: str) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
     """(scaled T, `Factored`) -> U (*batch, m, p), s, V of T = U diag(s) V^H; zero where T is not finite."""
 
-    def decompose(t, finite, q, r, *gram):
+    def decompose(t, finite, q, r, *accepted):
         r = where_matrix(finite, r, jnp.zeros_like(r))
-        if not gram:
+        if not accepted:
             u, s, v = svd.factors(r, driver)
             return mm(transposed(q, r).mT, u), s, v
-        known = cholesky.Gram(*gram)
-        by_gram = known.accepted & finite
-        r = where_matrix(by_gram, cholesky.triangle(t, known), r)
+        by_gram = accepted[0] & finite
+        r = where_matrix(by_gram, cholesky.triangle(t, cholesky.factor(t)), r)
         u, s, v = svd.factors(r, driver)
         # T V = U diag(s): as orthonormal as the condition number, which is small here, allows
         inverse = jnp.where(by_gram[..., None], 1 / jnp.where(s > 0, s, 1), 0)
@@ -148,9 +149,10 @@ def triplets(driver: str) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array
         )
         return where_matrix(finite, u, jnp.zeros_like(u)), s, v
 
-    batched = native_batch(decompose, 4 + len(cholesky.Gram._fields), (False,) * 3)
+    batched = native_batch(decompose, 5, (False,) * 3)
 
     def call(t, factored):
-        return batched(t, factored.finite, factored.q, factored.r, *(factored.gram or ()))
+        accepted = () if factored.gram is None else (factored.gram.accepted,)
+        return batched(t, factored.finite, factored.q, factored.r, *accepted)
 
     return call

@@ -120,7 +120,7 @@ def cut(
     Where `proven`, T is known to be of full rank. One branch for the batch, as in `solve_decided`.
     """
     safe, full, usable = _certify(driver, r, rcond, ok)
-    full = full | proven
+    full, usable = full | proven, usable | proven
     whole = uncut(driver, r)._replace(full=full, usable=usable)
     if driver == "gels":
         return safe, whole
