@@ -20,7 +20,7 @@ def counts(case: Case) -> tuple[str, float, float]:
     single = case.dtype in _SINGLE
     if m * p <= 64 and p <= 8 and k <= 8:
         path, operations, passes = "lanes", 2 * m * p * (p + k), 2
-    elif m >= (4 if single else 2) * p:
+    elif m >= (4 if single and p > 128 else 2) * p:
         # Gram matrix, Cholesky and inverse, one solution and one correction
         path, operations, passes = "Gram", 2 * m * p**2 + p**3 + 8 * m * p * k, 1 if case.batch else 5
     elif m == p >= 100 and not case.batch:
