@@ -85,7 +85,20 @@ from ._autodiff import switch
 from ._decompose import Cut, Decision, expand
 from ._fast import seminormal
 from ._library import eigh, qr, triangular_solve
-from ._numerics import H, abs2, any_of, cond, flat, identity_like, mm, pick, scaled, transposed, where_matrix
+from ._numerics import (
+    H,
+    abs2,
+    any_of,
+    cond,
+    flat,
+    identity_like,
+    mm,
+    pick,
+    scaled,
+    transposed,
+    varying,
+    where_matrix,
+)
 from ._operator import Operator
 from ._reduce.cholesky import Gram
 
@@ -295,7 +308,7 @@ def _outside(w: jax.Array, a: jax.Array) -> jax.Array:
 
 def _inverse(matvec: Callable, value: jax.Array) -> jax.Array:
     """The inverse of a small matrix, zero where nothing is kept, of which `value` is known to be it."""
-    eye = identity_like(value)
+    eye = varying(identity_like(value), value)
     return lax.custom_linear_solve(matvec, eye, lambda _, a: mm(value, a), lambda _, a: mm(value.mT, a))
 
 

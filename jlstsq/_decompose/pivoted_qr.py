@@ -54,8 +54,9 @@ def _factor(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     index = jnp.arange(p)
     tolerance = jnp.sqrt(jnp.finfo(a.dtype).eps)
 
-    def step(j, state):
-        v, f, out, taus, perm, norms, exact_norms = state
+    def step(_, state):
+        # The count is carried: a loop's own has no varying axes (`recomputed`).
+        j, v, f, out, taus, perm, norms, exact_norms = state
         pivot = jnp.argmax(norms)
         x = a[:, pivot] - mm(v, f[pivot].conj())
         vj, tau, beta = reflector(x, j)
@@ -80,10 +81,10 @@ def _factor(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             return jnp.where(left & lost, fresh, norms), jnp.where(left & lost, fresh, exact_norms)
 
         norms, exact_norms = lax.cond((left & lost).any(), recomputed, lambda: (norms, exact_norms))
-        return v, f, out, taus.at[j].set(tau), perm.at[j].set(pivot), norms, exact_norms
+        return j + 1, v, f, out, taus.at[j].set(tau), perm.at[j].set(pivot), norms, exact_norms
 
     norms = jnp.sqrt(abs2(a).sum(0))
     empty = jnp.zeros_like(a)
-    state = (empty, empty, empty, jnp.zeros(p, a.dtype), index, norms, norms)
-    _, _, out, taus, perm, _, _ = lax.fori_loop(0, p, step, varying(state))
+    state = (jnp.zeros((), int), empty, empty, empty, jnp.zeros(p, a.dtype), index, norms, norms)
+    _, _, _, out, taus, perm, _, _ = lax.fori_loop(0, p, step, varying(state))
     return out[:, perm], taus, perm
