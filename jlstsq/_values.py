@@ -26,11 +26,8 @@ def _careful(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arr
     b, down = scaled.b, scaled.t_size[1]
     cut = None if driver == "gels" else rcond
     if wide:
-        r, c, tail = (
-            triangle(t, down, cut),
-            b,
-            jnp.zeros((*b.shape[:-2], b.shape[-1]), scaled.b_size[0].dtype),
-        )
+        r, c = triangle(t, down, cut), b
+        tail = jnp.zeros((*b.shape[:-2], b.shape[-1]), scaled.b_size[0].dtype)
     else:
         r, c, tail = project(t, b, down, cut)
     s = _singular_values(driver, safe_triangle(scaled, r))

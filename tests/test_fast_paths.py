@@ -48,6 +48,21 @@ def test_accepted_solutions_are_right(shape, precision):
         assert result.condition[i] * 1.001 >= kappa * (1 - 1e3 * eps * kappa)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+@pytest.mark.parametrize("shape", [(9000, 70), (1000, 70), (2, 200, 70)], ids=str)
+def test_gram_matrix_in_double(shape, dtype):
+    """Block by block, in one piece and in a batch, the adjoint conjugated."""
+    rng = np.random.default_rng(10)
+    A = problems.right_hand_side(rng, int(np.prod(shape[:-1])), shape[-1], dtype).reshape(shape).astype(dtype)
+    gram = jax.jit(cholesky.factor)(A)
+    exact = A.astype(np.complex128)
+    exact = exact.conj().mT @ exact
+    r = np.asarray(gram.triangle).astype(np.complex128)
+    scale = 1e-6 * abs(exact).max()
+    np.testing.assert_allclose(r.conj().mT @ r, exact, atol=scale)
+    assert np.asarray(gram.accepted).all()
+
+
 @pytest.mark.parametrize("batch", [(), (2,)], ids=str)
 def test_double_sums_lose_no_digit_of_single_precision(batch, precision):
     """Ill-conditioned float32 data with and without a residual: accepted, not behind LAPACK in float32."""

@@ -114,7 +114,7 @@ def product(t: jax.Array, rows_apart: bool = False, dtype: Any = None) -> jax.Ar
 
     def stored(t):
         columns = lax.optimization_barrier(t.mT.astype(dtype))
-        return mm(columns, columns.mT)
+        return mm(columns.conj(), columns.mT)
 
     def blocked(t):
         whole = m // _ROWS * _ROWS
