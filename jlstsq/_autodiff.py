@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._numerics import varying
+from ._blocks import in_blocks
+from ._numerics import any_of, varying
 
 
 def _moving(fun: Callable, primals: Any, tangents: Any) -> tuple[Callable, list, list]:
@@ -17,18 +18,29 @@ def _moving(fun: Callable, primals: Any, tangents: Any) -> tuple[Callable, list,
 
     A derivative in a constant then costs nothing.
     """
-    primals, tree = jax.tree.flatten(primals)
-    tangents = tree.flatten_up_to(tangents)
+    where, moves = _moves(primals, tangents)
+    return *_of_moving(fun, primals, where), moves
+
+
+def _moves(primals: Any, tangents: Any) -> tuple[list[int], list]:
+    """Which leaves have a tangent, and their tangents."""
+    tangents = jax.tree.structure(primals).flatten_up_to(tangents)
     still = jax.custom_derivatives.SymbolicZero
-    moving = [i for i, t in enumerate(tangents) if not isinstance(t, still)]
+    where = [i for i, t in enumerate(tangents) if not isinstance(t, still)]
+    return where, [tangents[i] for i in where]
+
+
+def _of_moving(fun: Callable, primals: Any, where: list[int]) -> tuple[Callable, list]:
+    """`fun` of those leaves, and they."""
+    primals, tree = jax.tree.flatten(primals)
 
     def of_moving(*arguments):
         full = list(primals)
-        for i, argument in zip(moving, arguments, strict=True):
+        for i, argument in zip(where, arguments, strict=True):
             full[i] = argument
         return fun(*jax.tree.unflatten(tree, full))
 
-    return of_moving, [primals[i] for i in moving], [tangents[i] for i in moving]
+    return of_moving, [primals[i] for i in where]
 
 
 def differentiated_as(differentiable: Callable) -> Callable:
@@ -62,12 +74,14 @@ def _ravel(tree: Any) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
     return jnp.concatenate([a.astype(dtype).reshape(-1) for a in leaves]), back
 
 
-def switch(index: jax.Array, branches: Sequence[Callable], *operands: Any) -> Any:
-    """`lax.switch` of differentiable functions, whose derivative keeps the operands and nothing else.
+def choose(flags: jax.Array, common: Callable, rare: Callable, *operands: Any) -> Any:
+    """`rare` of the operands where a flag of the batch is set, else `common`, both differentiable.
 
-    Reverse mode through `lax.switch` saves what any branch may need, zeros for those not taken: here
-    that is several arrays of A's size. Instead the tangent y' = L x' is one linear equation with the
-    unknowns (y', x'),
+    The operands have the batch dimensions `flags` (*batch) has. On CPU a large batch goes block by
+    block, and each block takes its own branch. The derivative keeps the operands and nothing else:
+    reverse mode through `lax.cond` saves what any branch may need, zeros for those not taken, here
+    several arrays of A's size. Instead the tangent y' = L x' is one linear equation with the unknowns
+    (y', x'),
 
         [ I  -L ] [ y' ]   [ 0  ]
         [ 0   I ] [ x' ] = [ x' ],
@@ -76,47 +90,81 @@ def switch(index: jax.Array, branches: Sequence[Callable], *operands: Any) -> An
     they are needed. Derivatives of higher order are those of the equation.
     """
     # Inside shard_map all of one type: an operand that does not vary has its derivative summed outside.
-    index, operands = varying((index, operands))
-    return _switch(tuple(branches), index, operands)
+    flags, operands = varying((flags, operands))
+    return _choose((common, rare), flags, operands)
 
 
-def _choose(index: jax.Array, functions: Sequence[Callable], data: Any) -> Any:
-    return lax.switch(index, [lambda f=f: varying(f(), data) for f in functions])
+def _branch(flags: jax.Array, functions: Sequence[Callable], data: Any) -> Any:
+    """One function of the data for all, by one branch."""
+    index = any_of(flags).astype(int)
+    return lax.switch(index, [lambda f=f: varying(f(*data), data) for f in functions])
+
+
+def _branch_in_blocks(flags: jax.Array, functions: Sequence[Callable], data: Any) -> Any:
+    """The same, a large batch in blocks. Not differentiable."""
+    leaves, structure = jax.tree.flatten((flags, data))
+    structure_out = []
+
+    def chosen(*leaves):
+        flags, data = jax.tree.unflatten(structure, leaves)
+        out, tree = jax.tree.flatten(_branch(flags, functions, data))
+        structure_out[:] = [tree]
+        return tuple(out)
+
+    @jax.custom_batching.custom_vmap
+    def blocks(flags, *leaves):
+        return in_blocks(chosen, flags.shape, flags, *leaves)
+
+    @blocks.def_vmap
+    def _(size, in_batched, *leaves):
+        if in_batched[0]:  # another matrix each: a batch like any other
+            moved = zip(leaves, in_batched, strict=True)
+            out = blocks(*(a if m else jnp.broadcast_to(a, (size, *a.shape)) for a, m in moved))
+        else:
+            out = jax.vmap(chosen, [0 if m else None for m in in_batched])(*leaves)
+        return out, (True,) * len(out)
+
+    out = blocks(*leaves)
+    return jax.tree.unflatten(structure_out[0], out)
 
 
 # Not a closure over its arguments: JAX keeps the rule for as long as the program.
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _switch(branches: tuple[Callable, ...], index: jax.Array, operands: tuple) -> Any:
-    return _choose(index, [partial(branch, *operands) for branch in branches], operands)
+def _choose(branches: tuple[Callable, ...], flags: jax.Array, operands: tuple) -> Any:
+    return _branch_in_blocks(flags, branches, operands)
 
 
-def _switch_rule(branches, primals, tangents):
-    index, operands = primals
-    moving = [_moving(branch, operands, tangents[1]) for branch in branches]
+def _choose_rule(branches, primals, tangents):
+    flags, operands = primals
+    where, moves = _moves(operands, tangents[1])
 
-    def push(moves):
-        forwards = [lambda f=f, at=at: jax.jvp(f, at, moves)[1] for f, at, _ in moving]
-        return _choose(index, forwards, operands)
+    def forwards(branch, operands, moves):
+        of_moving, at = _of_moving(branch, operands, where)
+        return jax.jvp(of_moving, at, moves)[1]
 
-    def pull(cotangents):
-        cotangents = varying(cotangents, operands)
-        backwards = [lambda f=f, at=at: list(jax.vjp(f, *at)[1](cotangents)) for f, at, _ in moving]
-        return _choose(index, backwards, operands)
+    def backwards(branch, operands, cotangents):
+        of_moving, at = _of_moving(branch, operands, where)
+        return list(jax.vjp(of_moving, *at)[1](cotangents))
 
-    out = _switch(branches, index, operands)
+    pushes, pulls = ([partial(way, branch) for branch in branches] for way in (forwards, backwards))
+    out = _choose(branches, flags, operands)
     # One array, not a tree: custom_linear_solve fails (jax 0.10.2) where only some leaves move.
-    rhs, unravel = _ravel((jax.tree.map(jnp.zeros_like, out), moving[0][2]))
+    rhs, unravel = _ravel((jax.tree.map(jnp.zeros_like, out), moves))
 
-    def add(sign, z):
+    def matvec(z):
         y, x = unravel(z)
-        return _ravel((jax.tree.map(lambda a, b: a + sign * b, y, push(x)), x))[0]
+        return _ravel((jax.tree.map(jnp.subtract, y, _branch(flags, pushes, (operands, x))), x))[0]
 
-    def add_adjoint(_, z):
+    def solve(_, z):
         y, x = unravel(z)
-        return _ravel((y, jax.tree.map(jnp.add, x, pull(y))))[0]
+        return _ravel((jax.tree.map(jnp.add, y, _branch_in_blocks(flags, pushes, (operands, x))), x))[0]
 
-    z = lax.custom_linear_solve(lambda z: add(-1, z), rhs, lambda _, z: add(1, z), add_adjoint)
-    return out, unravel(z)[0]
+    def transpose_solve(_, z):
+        y, x = unravel(z)
+        moved = _branch_in_blocks(flags, pulls, (operands, varying(y, operands)))
+        return _ravel((y, jax.tree.map(jnp.add, x, moved)))[0]
+
+    return out, unravel(lax.custom_linear_solve(matvec, rhs, solve, transpose_solve))[0]
 
 
-_switch.defjvp(_switch_rule, symbolic_zeros=True)
+_choose.defjvp(_choose_rule, symbolic_zeros=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import jax
@@ -10,28 +11,29 @@ from jax import lax
 
 from ._numerics import varying
 
-# A block of matrices has at least this many, and entries up to:
+# A block of matrices has at least this many, and entries up to (of the largest argument):
 _FEWEST, _ENTRIES = 8, 1 << 14
 
 
-def in_blocks(fun: Callable[..., tuple], t: jax.Array, *args: jax.Array) -> tuple:
-    """`fun` of T (*batch, m, p) and other arrays with the same leading dimensions, as its results have.
+def in_blocks(fun: Callable[..., tuple], batch: tuple, *args: jax.Array) -> tuple:
+    """`fun` of arrays with the leading dimensions `batch`, as its results have.
 
-    What `fun` makes on the way, several arrays of T's size, then stays in the cache, and its branches
-    are taken for a block, not for all. The last block begins earlier rather than being filled up, so
-    some of its matrices are solved twice. Not differentiable: for use inside custom derivatives.
+    What `fun` makes on the way, several arrays as large as the data, then stays in the cache, and its
+    branches are taken for a block, not for all. The last block begins earlier rather than being filled up,
+    so some matrices are solved twice. Not differentiable: for use inside custom derivatives.
     """
-    batch, (m, p) = t.shape[:-2], t.shape[-2:]
+    shapes = [a.shape[len(batch) :] for a in args]
     alike = all(a.shape[: len(batch)] == batch for a in args)
-    if not alike or not all(isinstance(d, int) for d in (*batch, m, p)):
-        return fun(t, *args)
-    count, size = math.prod(batch), max(_FEWEST, _ENTRIES // max(1, m * p))
+    if not alike or not all(isinstance(d, int) for d in (*batch, *chain(*shapes))):
+        return fun(*args)
+    largest = max(math.prod(shape) for shape in shapes)
+    count, size = math.prod(batch), max(_FEWEST, _ENTRIES // max(1, largest))
     if count < 2 * size:
-        return fun(t, *args)
+        return fun(*args)
 
     def block_by_block(*args):
         flat = [a.reshape(count, *a.shape[len(batch) :]) for a in args]
-        shapes = jax.eval_shape(fun, *(jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype) for a in flat))
+        results = jax.eval_shape(fun, *(jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype) for a in flat))
 
         def one(i, out):
             first = jnp.minimum(i * size, count - size)
@@ -39,8 +41,8 @@ def in_blocks(fun: Callable[..., tuple], t: jax.Array, *args: jax.Array) -> tupl
             pairs = zip(out, new, strict=True)
             return tuple(lax.dynamic_update_slice_in_dim(o, n, first, 0) for o, n in pairs)
 
-        start: Any = tuple(jnp.zeros((count, *o.shape[1:]), o.dtype) for o in shapes)
+        start: Any = tuple(jnp.zeros((count, *o.shape[1:]), o.dtype) for o in results)
         out = lax.fori_loop(0, -(-count // size), one, varying(start, args))
         return tuple(o.reshape(*batch, *o.shape[1:]) for o in out)
 
-    return lax.platform_dependent(t, *args, cpu=block_by_block, default=fun)
+    return lax.platform_dependent(*args, cpu=block_by_block, default=fun)

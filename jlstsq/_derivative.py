@@ -81,7 +81,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._autodiff import switch
+from ._autodiff import choose
 from ._decompose import Cut, Decision, expand
 from ._fast import seminormal
 from ._library import eigh, qr, triangular_solve
@@ -574,8 +574,7 @@ def with_problem(driver: str, fun: Callable[..., Any], factors: Factors, *operan
         return truncated(factors, *operands)
     if driver == "gels":
         return whole(factors, *operands)
-    index = any_of(~factors.decision.full).astype(int)
-    return switch(index, [whole, truncated], factors, *operands)
+    return choose(~factors.decision.full, whole, truncated, factors, *operands)
 
 
 def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool):

@@ -121,7 +121,7 @@ def factorise(driver: str, adjoint: bool) -> Callable[..., Factored]:
             return tuple(jax.tree.leaves(out._replace(gram=slim)))
 
         columns_out = (False,) * (structure.num_leaves - 2) + (True, True)
-        batched = native_batch(partial(in_blocks, leaves), 2, columns_out)
+        batched = native_batch(lambda t, *args: in_blocks(leaves, t.shape[:-2], t, *args), 2, columns_out)
         out = jax.tree.unflatten(structure, batched(t, rcond, b))
         return out._replace(gram=out.gram and out.gram._replace(inverse=out.r))
 

@@ -95,7 +95,7 @@ def _in_blocks(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.A
     # Lanes have blocks of their own, and thresholds alone may have a longer batch.
     if lanes.worthwhile(t.shape) or rcond.shape != t.shape[:-2]:
         return solve(t, rcond, b)
-    return in_blocks(solve, t, rcond, b)
+    return in_blocks(solve, rcond.shape, t, rcond, b)
 
 
 @cache

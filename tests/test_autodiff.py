@@ -1,35 +1,34 @@
-"""The switch that saves nothing for its derivative: that of `lax.switch`, at less memory."""
+"""The choice that saves nothing for its derivative: that of `lax.cond`, at less memory."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlstsq._autodiff import switch
+from jlstsq._autodiff import choose
 
 BRANCHES = (
     lambda a, b: (jnp.sin(a @ b).sum(), a.T @ a),
     lambda a, b: (jnp.cos(a @ b).sum() * 2, a.T @ a * b),
-    lambda a, b: ((jnp.exp(a) @ b).prod(), a[:3] * b),
 )
 
 
-def chosen(a, b, index, of=switch):
-    if of is switch:
-        return switch(index, BRANCHES, a, b)
-    return jax.lax.switch(index, BRANCHES, a, b)
+def chosen(a, b, flag, of=choose):
+    if of is choose:
+        return choose(flag, *BRANCHES, a, b)
+    return jax.lax.cond(flag, *BRANCHES[::-1], a, b)
 
 
 def test_every_order_and_mode(x64):
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((6, 3)), rng.standard_normal(3)
 
-    def scalar(a, b, index, of):
-        one, two = chosen(a, b, index, of)
+    def scalar(a, b, flag, of):
+        one, two = chosen(a, b, flag, of)
         return one**2 + (two**3).sum()
 
-    def derivatives(a, b, index, of):
-        fun, both = lambda a, b: scalar(a, b, index, of), (0, 1)
+    def derivatives(a, b, flag, of):
+        fun, both = lambda a, b: scalar(a, b, flag, of), (0, 1)
         return [
             jax.grad(fun, both)(a, b),
             jax.jacfwd(jax.grad(fun, both), both)(a, b),
@@ -38,12 +37,12 @@ def test_every_order_and_mode(x64):
             jax.jacrev(jax.jacfwd(fun, both), both)(a, b),
         ]
 
-    ours, theirs = (jax.jit(lambda *args, f=f: derivatives(*args, f)) for f in (switch, None))
-    for index in range(3):
+    ours, theirs = (jax.jit(lambda *args, f=f: derivatives(*args, f)) for f in (choose, None))
+    for flag in (False, True):
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12),
-            ours(a, b, index),
-            theirs(a, b, index),
+            ours(a, b, flag),
+            theirs(a, b, flag),
         )
 
 
@@ -52,17 +51,17 @@ def test_only_some_arguments_move(x64):
     rng = np.random.default_rng(1)
     a, b, v = rng.standard_normal((6, 3)), rng.standard_normal(3), rng.standard_normal((6, 3))
 
-    def along(v, index, of):
-        return jax.jvp(lambda a: chosen(a, b, index, of)[0], (a,), (v,))[1]
+    def along(v, flag, of):
+        return jax.jvp(lambda a: chosen(a, b, flag, of)[0], (a,), (v,))[1]
 
-    ours, theirs = (jax.jit(lambda v, i, f=f: jax.value_and_grad(along)(v, i, f)) for f in (switch, None))
-    for index in range(3):
-        for x, y in zip(ours(v, index), theirs(v, index), strict=True):
+    ours, theirs = (jax.jit(lambda v, i, f=f: jax.value_and_grad(along)(v, i, f)) for f in (choose, None))
+    for flag in (False, True):
+        for x, y in zip(ours(v, flag), theirs(v, flag), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-12)
     many = np.stack([a, v])
     gradients = (
-        jax.jit(jax.vmap(jax.grad(lambda a, f=f: chosen(a, b, 1, f)[1].sum() ** 2)))(many)
-        for f in (switch, None)
+        jax.jit(jax.vmap(jax.grad(lambda a, f=f: chosen(a, b, True, f)[1].sum() ** 2)))(many)
+        for f in (choose, None)
     )
     np.testing.assert_allclose(*gradients, rtol=1e-12)
 
@@ -72,21 +71,53 @@ def test_saves_the_operands_only(x64):
     def many(a):
         return (jnp.sin(a) * jnp.exp(a) * jnp.cos(2 * a) * jnp.sqrt(a)).sum()
 
-    def temporary(of):
+    def temporary(fun):
         a = jax.ShapeDtypeStruct((50_000, 3), jnp.float64)
-        fun = jax.jit(lambda a, i: jax.value_and_grad(lambda a: of(i, (many, jnp.sum), a))(a))
-        memory = fun.lower(a, jnp.int32(0)).compile().memory_analysis()
+        gradient = jax.jit(lambda a, flag: jax.value_and_grad(lambda a: fun(flag, a))(a))
+        memory = gradient.lower(a, jnp.bool(False)).compile().memory_analysis()
         return memory.temp_size_in_bytes / (50_000 * 3 * 8)
 
-    assert temporary(switch) < 1.1
-    assert temporary(jax.lax.switch) > 2.5
+    assert temporary(lambda flag, a: choose(flag, many, jnp.sum, a)) < 1.1
+    assert temporary(lambda flag, a: jax.lax.cond(flag, jnp.sum, many, a)) > 2.5
+
+
+def test_batch_in_blocks(x64):
+    """Each block takes its own branch, by vmap and without; derivatives are those of the elements."""
+    where = np.zeros(1000, bool)
+    where[[3, 999]] = True
+    a = np.random.default_rng(2).standard_normal((1000, 9, 5))
+
+    def common(a, flag):
+        return jnp.sin(a).sum((-2, -1))
+
+    def rare(a, flag):
+        return jnp.where(flag > 0, jnp.exp(a).sum((-2, -1)), common(a, flag))
+
+    def loss(a):
+        return (choose(where, common, rare, a, where.astype(float)) ** 3).sum()
+
+    def by_vmap(a):
+        each = jax.vmap(lambda flag, a: choose(flag, common, rare, a, flag.astype(float)))
+        return (each(where, a) ** 3).sum()
+
+    def plain(a):
+        return (rare(a, where) ** 3).sum()
+
+    v = np.ones_like(a)
+    for fun in (loss, by_vmap):
+        gradient = jax.jit(jax.value_and_grad(fun))
+        assert "while" in gradient.lower(a).compile().as_text()
+        for ours, theirs in zip(gradient(a), jax.value_and_grad(plain)(a), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+        second = (jax.jvp(jax.grad(f), (a,), (v,))[1] for f in (fun, plain))
+        np.testing.assert_allclose(*second, rtol=1e-11, atol=1e-11)
 
 
 def test_keeps_no_tracer(x64):
     """What the rule of one call closes over would live as long as the program that it is part of."""
 
-    def loss(a, index):
-        return sum(x.sum() for x in chosen(a, jnp.ones(3), index))
+    def loss(a, flag):
+        return sum(x.sum() for x in chosen(a, jnp.ones(3), flag))
 
     with jax.checking_leaks():
-        jax.grad(jax.jit(loss))(jnp.ones((6, 3)), jnp.int32(1))
+        jax.grad(jax.jit(loss))(jnp.ones((6, 3)), jnp.bool(True))

@@ -162,7 +162,7 @@ def decider(driver: str):
         )
         return *out, decided.full, decided.usable
 
-    batched = native_batch(partial(in_blocks, decide), 3, (False,) * 8)
+    batched = native_batch(lambda r, *args: in_blocks(decide, r.shape[:-2], r, *args), 3, (False,) * 8)
 
     def call(r, rcond, ok):
         *kept, full, usable = batched(r, rcond, ok)
