@@ -60,16 +60,16 @@ def _factorise(driver: str, adjoint: bool, t: jax.Array, rcond: jax.Array, b: ja
     g = b if adjoint else None
 
     def decided(q, r, finite, proven):
-        """R without NaN, the decision on it, and the solution where nothing is truncated."""
-        r, decision = cut(driver, r, rcond, finite, proven)
+        """Q, R without NaN, the decision on it, and the solution where nothing is truncated."""
+        q, r, decision = cut(driver, q, r, rcond, finite, proven)
         regular = where_matrix(decision.full & decision.usable, r, identity_like(r))
-        return r, decision, FullRank(Operator(t), q, regular).solve(f, g)
+        return q, r, decision, FullRank(Operator(t), q, regular).solve(f, g)
 
     if not _by_gram(t.shape, t.dtype):
         largest, finite = largest_entry(t, (-2, -1))
         up, down = power_of_two(largest)
         q, r = orthonormal(scaled(t, down))
-        r, decision, solution = decided(q, r, finite, jnp.zeros_like(finite))
+        q, r, decision, solution = decided(q, r, finite, jnp.zeros_like(finite))
         return Factored(q, r, decision, None, up, down, finite, solution)
 
     gram = cholesky.factor(t, rows_apart=adjoint)
@@ -85,7 +85,7 @@ def _factorise(driver: str, adjoint: bool, t: jax.Array, rcond: jax.Array, b: ja
     one = jnp.ones(accepted.shape, gram.squares.dtype)
 
     def fast():
-        return jnp.zeros_like(flat(t)), gram.inverse, uncut(driver, gram.inverse), one, one, solution
+        return jnp.zeros_like(flat(t)), gram.inverse, uncut(gram.inverse), one, one, solution
 
     def careful():
         size = jnp.where(accepted, 1, largest_entry(t, (-2, -1))[0])
@@ -93,7 +93,7 @@ def _factorise(driver: str, adjoint: bool, t: jax.Array, rcond: jax.Array, b: ja
         q, r = factors(t, down, None if driver == "gels" else rcond)
         # Not used there but to compute with.
         r = where_matrix(accepted, gram.inverse, r)
-        r, decision, by_factors = decided(q, r, finite, accepted)
+        q, r, decision, by_factors = decided(q, r, finite, accepted)
         return q, r, decision, up, down, jax.tree.map(partial(pick, accepted), solution, by_factors)
 
     q, r, decision, up, down, solution = cond(accepted.all(), fast, careful, t, rcond, b)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from .. import _library as library
 from .._blocks import in_blocks
 from .._library import triangular_solve
-from .._numerics import cond, identity_like, native_batch, pick, where_matrix
+from .._numerics import cond, identity_like, mm, native_batch, pick, transposed, where_matrix
 from . import certificate, complete_orthogonal, svd
 from .kept import Kept
 
@@ -21,12 +21,14 @@ DRIVERS = ("gels", "gelsy", "gelsd", "gelss")
 
 
 class Cut(NamedTuple):
-    """The rank decision on each R of a batch, as little as tells the kept part (`expand`).
+    """The rank decision on each R of a batch, that together with R tells the kept part (`expand`).
 
     A derivative keeps it, and where nothing is truncated to fill large arrays would be most of the work.
+    So R itself becomes diag(s) V^H (gelsd, gelss), or the pivoted triangle with its columns in place
+    (gelsy), where something is truncated, and Q what goes with it.
     """
 
-    basis: jax.Array  # gelsy: (*batch, p) the pivots; gelsd, gelss: (*batch, p, p) V; gels: neither
+    pivots: jax.Array  # (*batch, p), of gelsy
     mask: jax.Array  # (*batch, p) bool: the first `rank` are True
     full: jax.Array  # (*batch) bool: nothing truncated
     usable: jax.Array  # (*batch) bool: False where gels must answer NaN
@@ -103,47 +105,48 @@ def _certify(driver: str, r: jax.Array, rcond: jax.Array, ok: jax.Array):
     return safe, certificate.full_rank(certificate.condition(safe, inverse), rcond) | ~ok, everywhere
 
 
-def uncut(driver: str, r: jax.Array) -> Cut:
+def uncut(r: jax.Array) -> Cut:
     """The decision that keeps everything."""
     mask = jnp.ones(r.shape[:-1], bool)
-    # gelsy's pivots are few numbers, and so is what stands for them where there are none.
     index = jnp.broadcast_to(jnp.arange(r.shape[-1]), mask.shape)
-    basis = jnp.zeros_like(r) if driver in ("gelsd", "gelss") else index
-    return Cut(basis, mask, full=mask[..., 0], usable=mask[..., 0])
+    return Cut(index, mask, full=mask[..., 0], usable=mask[..., 0])
 
 
 def cut(
-    driver: str, r: jax.Array, rcond: jax.Array, ok: jax.Array, proven: jax.Array
-) -> tuple[jax.Array, Cut]:
-    """R without NaN and Inf, and the derivatives' decision on it, the same as the values'.
+    driver: str, q: jax.Array, r: jax.Array, rcond: jax.Array, ok: jax.Array, proven: jax.Array
+) -> tuple[jax.Array, jax.Array, Cut]:
+    """Q (`flat`), R without NaN and Inf, and the derivatives' decision on it, the same as the values'.
 
     Where `proven`, T is known to be of full rank. One branch for the batch, as in `solve_decided`.
     """
     safe, full, usable = _certify(driver, r, rcond, ok)
     full, usable = full | proven, usable | proven
-    whole = uncut(driver, r)._replace(full=full, usable=usable)
+    whole = uncut(r)._replace(full=full, usable=usable)
     if driver == "gels":
-        return safe, whole
+        return q, safe, whole
 
     def truncated():
         if driver == "gelsy":
-            basis, kept = complete_orthogonal.decide(safe, rcond)
+            u, rotated, pivots, kept = complete_orthogonal.decide(safe, rcond)
         else:
-            basis, kept = svd.decide(safe, rcond, driver)
-        return Cut(basis, kept | full[..., None], full, usable)
+            u, rotated, kept = svd.decide(safe, rcond, driver)
+            pivots = whole.pivots
+        turned = mm(u.mT, transposed(q, r)).reshape(q.shape)
+        decision = Cut(pivots, kept | full[..., None], full, usable)
+        return jax.tree.map(partial(pick, full), (q, safe), (turned, rotated)) + (decision,)
 
-    return safe, cond(full.all(), lambda: whole, truncated, r, rcond)
+    return cond(full.all(), lambda: (q, safe, whole), truncated, q, r, rcond)
 
 
 def expand(driver: str, r: jax.Array, cut: Cut) -> Decision:
     """The decision with the factors of the kept part. Elements of full rank: R = I R I^H."""
     full = cut.full
     whole = _whole(where_matrix(full & cut.usable, r, identity_like(r)))
-    if driver == "gels":
-        return Decision(whole, full, cut.usable)
-    rebuild = complete_orthogonal.rebuild if driver == "gelsy" else svd.rebuild
-    kept = jax.tree.map(partial(pick, full), whole, rebuild(r, cut.basis, cut.mask))
-    return Decision(kept, full, cut.usable)
+    if driver == "gelsy":
+        kept = complete_orthogonal.rebuild(r, cut.pivots, cut.mask)
+    else:
+        kept = svd.rebuild(r, cut.mask)
+    return Decision(jax.tree.map(partial(pick, full), whole, kept), full, cut.usable)
 
 
 @cache
@@ -151,16 +154,15 @@ def decider(driver: str):
     """(R, rcond, ok) -> `Decision`, for what keeps it."""
 
     def decide(r, rcond, ok):
-        safe, decided = cut(driver, r, rcond, ok, ~ok)
-        whole = decided._replace(full=jnp.ones_like(decided.full))
-        out = cond(
-            decided.full.all(),
-            lambda: expand("gels", safe, whole).kept,
-            lambda: expand(driver, safe, decided).kept,
-            r,
-            rcond,
-        )
-        return *out, decided.full, decided.usable
+        safe, full, usable = _certify(driver, r, rcond, ok)
+        whole = _whole(where_matrix(full & usable, safe, identity_like(r)))
+        if driver == "gels":
+            return *whole, full, usable
+
+        def truncated():
+            return jax.tree.map(partial(pick, full), whole, _truncate(driver, safe, rcond))
+
+        return *cond(full.all(), lambda: whole, truncated, r, rcond), full, usable
 
     batched = native_batch(lambda r, *args: in_blocks(decide, r.shape[:-2], r, *args), 3, (False,) * 8)
 

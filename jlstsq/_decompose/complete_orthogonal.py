@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .._library import qr
-from .._numerics import H, abs2, cond, pick
+from .._numerics import H, abs2, cond, identity_like, pick
 from .condition_estimate import estimate_rank
 from .kept import Kept
 from .pivoted_qr import pivoted_at_once, pivoted_qr
@@ -27,16 +27,16 @@ def decompose(r: jax.Array, rcond: jax.Array) -> Kept:
     return _factors(*_pivoted(r, rcond))
 
 
-def decide(r: jax.Array, rcond: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The pivots, and the mask of those kept."""
-    _, _, perm, kept = _pivoted(r, rcond)
-    return perm, kept
+def decide(r: jax.Array, rcond: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """U and U^H R, the pivots, and the mask of those kept."""
+    u, rp, perm, kept = _pivoted(r, rcond)
+    order = jnp.argsort(perm, axis=-1)
+    return u, jnp.take_along_axis(rp, order[..., None, :], axis=-1), perm, kept
 
 
 def rebuild(r: jax.Array, perm: jax.Array, kept: jax.Array) -> Kept:
-    """`decompose`, from what `decide` returned."""
-    u, rp = qr(jnp.take_along_axis(r, perm[..., None, :], axis=-1))
-    return _factors(u, rp, perm, kept)
+    """`decompose` of U^H R, from what `decide` returned."""
+    return _factors(identity_like(r), jnp.take_along_axis(r, perm[..., None, :], axis=-1), perm, kept)
 
 
 def _pivoted(r: jax.Array, rcond: jax.Array) -> tuple[jax.Array, ...]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _library as library
-from .._numerics import H, mm
+from .._numerics import H, abs2, identity_like
 from .kept import Kept
 
 
@@ -29,19 +29,17 @@ def decompose(r: jax.Array, rcond: jax.Array, driver: str) -> Kept:
     return _factors(u, s, v, _kept(s, rcond))
 
 
-def decide(r: jax.Array, rcond: jax.Array, driver: str) -> tuple[jax.Array, jax.Array]:
-    """V, and the mask of the values kept."""
-    _, s, v = factors(r, driver)
-    return v, _kept(s, rcond)
+def decide(r: jax.Array, rcond: jax.Array, driver: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """U and U^H R = diag(s) V^H, and the mask of the values kept."""
+    u, s, v = factors(r, driver)
+    return u, s[..., :, None].astype(v.dtype) * H(v), _kept(s, rcond)
 
 
-def rebuild(r: jax.Array, v: jax.Array, kept: jax.Array) -> Kept:
-    """`decompose`, from what `decide` returned: R V = U S is a QR factorisation."""
-    u, rv = library.qr(mm(r, v))
-    signed = jnp.diagonal(rv, axis1=-2, axis2=-1)
-    s = abs(signed)
-    sign = jnp.where(s > 0, signed / jnp.where(s > 0, s, 1).astype(rv.dtype), 1)
-    return _factors(u * sign[..., None, :], s, v, kept)
+def rebuild(r: jax.Array, kept: jax.Array) -> Kept:
+    """`decompose` of U^H R = diag(s) V^H."""
+    s = jnp.sqrt(abs2(r).sum(-1))
+    v = H(r / jnp.where(s > 0, s, 1)[..., :, None].astype(r.dtype))
+    return _factors(identity_like(r), s, v, kept)
 
 
 def _kept(s: jax.Array, rcond: jax.Array) -> jax.Array:
