@@ -85,7 +85,7 @@ def _factorise(driver: str, adjoint: bool, t: jax.Array, rcond: jax.Array, b: ja
     one = jnp.ones(accepted.shape, gram.squares.dtype)
 
     def fast():
-        return jnp.zeros_like(flat(t)), gram.inverse, uncut(gram.inverse), one, one, solution
+        return jnp.zeros_like(flat(t)), gram.inverse, uncut(driver, gram.inverse), one, one, solution
 
     def careful():
         size = jnp.where(accepted, 1, largest_entry(t, (-2, -1))[0])
@@ -111,7 +111,7 @@ def factorise(driver: str, adjoint: bool) -> Callable[..., Factored]:
         leaf: Any = 0
         gram = cholesky.Gram(*[leaf] * len(cholesky.Gram._fields))._replace(inverse=None, triangle=None)
         gram = gram if _by_gram(t.shape, t.dtype) else None
-        cut = Cut(*[leaf] * len(Cut._fields))
+        cut = Cut(*[leaf] * len(Cut._fields))._replace(pivots=leaf if driver == "gelsy" else None)
         structure = jax.tree.structure(Factored(leaf, leaf, cut, gram, leaf, leaf, leaf, (leaf, leaf)))
 
         def leaves(t, rcond, b):

@@ -28,7 +28,7 @@ class Cut(NamedTuple):
     (gelsy), where something is truncated, and Q what goes with it.
     """
 
-    pivots: jax.Array  # (*batch, p), of gelsy
+    pivots: jax.Array | None  # (*batch, p) int32, of gelsy
     mask: jax.Array  # (*batch, p) bool: the first `rank` are True
     full: jax.Array  # (*batch) bool: nothing truncated
     usable: jax.Array  # (*batch) bool: False where gels must answer NaN
@@ -105,11 +105,11 @@ def _certify(driver: str, r: jax.Array, rcond: jax.Array, ok: jax.Array):
     return safe, certificate.full_rank(certificate.condition(safe, inverse), rcond) | ~ok, everywhere
 
 
-def uncut(r: jax.Array) -> Cut:
+def uncut(driver: str, r: jax.Array) -> Cut:
     """The decision that keeps everything."""
     mask = jnp.ones(r.shape[:-1], bool)
-    index = jnp.broadcast_to(jnp.arange(r.shape[-1]), mask.shape)
-    return Cut(index, mask, full=mask[..., 0], usable=mask[..., 0])
+    index = jnp.broadcast_to(jnp.arange(r.shape[-1], dtype=jnp.int32), mask.shape)
+    return Cut(index if driver == "gelsy" else None, mask, full=mask[..., 0], usable=mask[..., 0])
 
 
 def cut(
@@ -121,19 +121,21 @@ def cut(
     """
     safe, full, usable = _certify(driver, r, rcond, ok)
     full, usable = full | proven, usable | proven
-    whole = uncut(r)._replace(full=full, usable=usable)
+    whole = uncut(driver, r)._replace(full=full, usable=usable)
     if driver == "gels":
         return q, safe, whole
 
     def truncated():
         if driver == "gelsy":
             u, rotated, pivots, kept = complete_orthogonal.decide(safe, rcond)
+            pivots = pivots.astype(jnp.int32)
         else:
             u, rotated, kept = svd.decide(safe, rcond, driver)
-            pivots = whole.pivots
-        turned = mm(u.mT, transposed(q, r)).reshape(q.shape)
+            pivots = None
+        # Elements of full rank are turned by the identity: to pick would take one more array of Q's size.
+        turned = mm(where_matrix(full, identity_like(u), u).mT, transposed(q, r)).reshape(q.shape)
         decision = Cut(pivots, kept | full[..., None], full, usable)
-        return jax.tree.map(partial(pick, full), (q, safe), (turned, rotated)) + (decision,)
+        return turned, where_matrix(full, safe, rotated), decision
 
     return cond(full.all(), lambda: (q, safe, whole), truncated, q, r, rcond)
 
