@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from ._blocks import in_blocks
@@ -58,20 +57,19 @@ def differentiated_as(differentiable: Callable) -> Callable:
     return decorate
 
 
-def _ravel(tree: Any) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
-    """The leaves as one vector, and the way back; `jax.flatten_util`'s fails under strict promotion."""
+def tied(tree: Any) -> Any:
+    """The same arrays, each plus a sum over no elements of all of them: nothing is computed for that.
+
+    custom_linear_solve fails (jax 0.10.2) where only some leaves of its right-hand side, or of what its
+    matvec returns, move. So all do.
+    """
     leaves, structure = jax.tree.flatten(tree)
-    dtype = np.result_type(*(a.dtype for a in leaves))
+    empty = [lax.slice_in_dim(a[None], 0, 0).sum() for a in leaves]
 
-    def back(z):
-        out, start = [], 0
-        for a in leaves:
-            part = z[start : start + a.size].reshape(a.shape)
-            out.append((part if jnp.iscomplexobj(a) else part.real).astype(a.dtype))
-            start += a.size
-        return jax.tree.unflatten(structure, out)
+    def as_dtype(x, a):
+        return (x if jnp.iscomplexobj(a) else x.real).astype(a.dtype)
 
-    return jnp.concatenate([a.astype(dtype).reshape(-1) for a in leaves]), back
+    return jax.tree.unflatten(structure, [sum((as_dtype(x, a) for x in empty), a) for a in leaves])
 
 
 def choose(flags: jax.Array, common: Callable, rare: Callable, *operands: Any) -> Any:
@@ -148,23 +146,22 @@ def _choose_rule(branches, primals, tangents):
 
     pushes, pulls = ([partial(way, branch) for branch in branches] for way in (forwards, backwards))
     out = _choose(branches, flags, operands)
-    # One array, not a tree: custom_linear_solve fails (jax 0.10.2) where only some leaves move.
-    rhs, unravel = _ravel((jax.tree.map(jnp.zeros_like, out), moves))
+    rhs = tied((jax.tree.map(jnp.zeros_like, out), moves))
 
     def matvec(z):
-        y, x = unravel(z)
-        return _ravel((jax.tree.map(jnp.subtract, y, _branch(flags, pushes, (operands, x))), x))[0]
+        y, x = z
+        return tied((jax.tree.map(jnp.subtract, y, _branch(flags, pushes, (operands, x))), x))
 
     def solve(_, z):
-        y, x = unravel(z)
-        return _ravel((jax.tree.map(jnp.add, y, _branch_in_blocks(flags, pushes, (operands, x))), x))[0]
+        y, x = z
+        return jax.tree.map(jnp.add, y, _branch_in_blocks(flags, pushes, (operands, x))), x
 
     def transpose_solve(_, z):
-        y, x = unravel(z)
+        y, x = z
         moved = _branch_in_blocks(flags, pulls, (operands, varying(y, operands)))
-        return _ravel((y, jax.tree.map(jnp.add, x, moved)))[0]
+        return y, jax.tree.map(jnp.add, x, moved)
 
-    return out, unravel(lax.custom_linear_solve(matvec, rhs, solve, transpose_solve))[0]
+    return out, lax.custom_linear_solve(matvec, rhs, solve, transpose_solve)[0]
 
 
 _choose.defjvp(_choose_rule, symbolic_zeros=True)

@@ -81,7 +81,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._autodiff import choose
+from ._autodiff import choose, tied
 from ._decompose import Cut, Decision, expand
 from ._fast import seminormal
 from ._library import eigh, qr, triangular_solve
@@ -255,24 +255,19 @@ def augmented(problem: FullRank, f: jax.Array, g: jax.Array) -> tuple[jax.Array,
     In F, W, ridge, f and g.
     """
     constant = problem.constants()
-    m = f.shape[-2]
-
-    def split(vy):
-        return vy[..., :m, :], vy[..., m:, :]
 
     def matvec(vy):
-        v, y = split(vy)
+        v, y = vy
         second = problem.f.adjoint_times(weigh(problem.weights, v)) - problem.second(y)
-        return jnp.concatenate([v + problem.f.times(y), second], axis=-2)
+        return tied((v + problem.f.times(y), second))
 
     def solve(_, fg):
-        return jnp.concatenate(constant.solve(*split(fg)), axis=-2)
+        return constant.solve(*fg)
 
     def transpose_solve(_, fg):
-        return jnp.concatenate(constant.transpose_solve(*split(fg.conj())), axis=-2).conj()
+        return jax.tree.map(jnp.conj, constant.transpose_solve(*jax.tree.map(jnp.conj, fg)))
 
-    # One array, not a pair: custom_linear_solve fails (jax 0.10.2) where only f or only g moves.
-    return split(lax.custom_linear_solve(matvec, jnp.concatenate([f, g], axis=-2), solve, transpose_solve))
+    return lax.custom_linear_solve(matvec, tied((f, g)), solve, transpose_solve)
 
 
 @jax.custom_jvp
