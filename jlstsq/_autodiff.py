@@ -57,12 +57,8 @@ def differentiated_as(differentiable: Callable) -> Callable:
     return decorate
 
 
-def tied(tree: Any) -> Any:
-    """The same arrays, each plus a sum over no elements of all of them: nothing is computed for that.
-
-    custom_linear_solve fails (jax 0.10.2) where only some leaves of its right-hand side, or of what its
-    matvec returns, move. So all do.
-    """
+def _tied(tree: Any) -> Any:
+    """The same arrays, each plus a sum over no elements of all of them: nothing is computed for that."""
     leaves, structure = jax.tree.flatten(tree)
     empty = [lax.slice_in_dim(a[None], 0, 0).sum() for a in leaves]
 
@@ -70,6 +66,14 @@ def tied(tree: Any) -> Any:
         return (x if jnp.iscomplexobj(a) else x.real).astype(a.dtype)
 
     return jax.tree.unflatten(structure, [sum((as_dtype(x, a) for x in empty), a) for a in leaves])
+
+
+def linear_solve(matvec: Callable, b: Any, solve: Callable, transpose_solve: Callable) -> Any:
+    """`lax.custom_linear_solve` of a tree, of which only some leaves may move: there it fails (jax 0.10.2).
+
+    So all are made to depend on each other, in b, and in the equation and its adjoint.
+    """
+    return lax.custom_linear_solve(lambda z: _tied(matvec(_tied(z))), _tied(b), solve, transpose_solve)
 
 
 def choose(flags: jax.Array, common: Callable, rare: Callable, *operands: Any) -> Any:
@@ -146,11 +150,11 @@ def _choose_rule(branches, primals, tangents):
 
     pushes, pulls = ([partial(way, branch) for branch in branches] for way in (forwards, backwards))
     out = _choose(branches, flags, operands)
-    rhs = tied((jax.tree.map(jnp.zeros_like, out), moves))
+    rhs = jax.tree.map(jnp.zeros_like, out), moves
 
     def matvec(z):
         y, x = z
-        return tied((jax.tree.map(jnp.subtract, y, _branch(flags, pushes, (operands, x))), x))
+        return jax.tree.map(jnp.subtract, y, _branch(flags, pushes, (operands, x))), x
 
     def solve(_, z):
         y, x = z
@@ -161,7 +165,7 @@ def _choose_rule(branches, primals, tangents):
         moved = _branch_in_blocks(flags, pulls, (operands, varying(y, operands)))
         return y, jax.tree.map(jnp.add, x, moved)
 
-    return out, lax.custom_linear_solve(matvec, rhs, solve, transpose_solve)[0]
+    return out, linear_solve(matvec, rhs, solve, transpose_solve)[0]
 
 
 _choose.defjvp(_choose_rule, symbolic_zeros=True)

@@ -81,7 +81,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._autodiff import choose, tied
+from ._autodiff import choose, linear_solve
 from ._decompose import Cut, Decision, expand
 from ._fast import seminormal
 from ._library import eigh, qr, triangular_solve
@@ -138,11 +138,11 @@ class Factors(NamedTuple):
         """Q^T."""
         return transposed(self.q, self.r)
 
-    def expanded(self, driver: str) -> "Factors":
+    def expanded(self) -> "Factors":
         """The same with the factors of the kept part: in the branch that needs them."""
         if not isinstance(self.decision, Cut):
             return self
-        return self._replace(decision=lax.stop_gradient(expand(driver, self.r, self.decision)))
+        return self._replace(decision=lax.stop_gradient(expand(self.r, self.decision)))
 
 
 # Terms from which a sum in single precision has lost digits, and a correction brings them back.
@@ -259,7 +259,7 @@ def augmented(problem: FullRank, f: jax.Array, g: jax.Array) -> tuple[jax.Array,
     def matvec(vy):
         v, y = vy
         second = problem.f.adjoint_times(weigh(problem.weights, v)) - problem.second(y)
-        return tied((v + problem.f.times(y), second))
+        return v + problem.f.times(y), second
 
     def solve(_, fg):
         return constant.solve(*fg)
@@ -267,7 +267,7 @@ def augmented(problem: FullRank, f: jax.Array, g: jax.Array) -> tuple[jax.Array,
     def transpose_solve(_, fg):
         return jax.tree.map(jnp.conj, constant.transpose_solve(*jax.tree.map(jnp.conj, fg)))
 
-    return lax.custom_linear_solve(matvec, tied((f, g)), solve, transpose_solve)
+    return linear_solve(matvec, (f, g), solve, transpose_solve)
 
 
 @jax.custom_jvp
@@ -563,7 +563,7 @@ def with_problem(driver: str, fun: Callable[..., Any], factors: Factors, *operan
         return fun(_full(factors), *operands)
 
     def truncated(factors, *operands):
-        return fun(_truncated(driver, factors.expanded(driver)), *operands)
+        return fun(_truncated(driver, factors.expanded()), *operands)
 
     if factors.wide:
         return truncated(factors, *operands)
@@ -664,3 +664,24 @@ def _singular_triplets_rule(primals, tangents):
     if t.shape[-2] < t.shape[-1]:
         v_dot = v_dot + (mm(H(t_dot), u) - mm(v, mm(H(v), mm(H(t_dot), u)))) * columns
     return (u, s, v), (u_dot, diagonal.real, v_dot)
+
+
+def singular_values(factors: Factors, c: jax.Array, s: jax.Array, v: jax.Array) -> jax.Array:
+    """s, for U = Q c, or T c where the Gram matrix is accepted: formed while a derivative is computed."""
+
+    def values(factors, c, s, v, u):
+        t = scaled(factors.t, factors.down)
+        return singular_triplets(t, lax.stop_gradient(u), s, v)[1]
+
+    def by_products(factors, c, s, v):
+        return values(factors, c, s, v, mm(factors.t, c))
+
+    def by_factors(factors, c, s, v):
+        u = mm(factors.qt.mT, c)
+        if factors.gram is not None:
+            u = where_matrix(factors.gram.accepted, mm(factors.t, c), u)
+        return values(factors, c, s, v, u)
+
+    if factors.gram is None:
+        return by_factors(factors, c, s, v)
+    return choose(~factors.gram.accepted, by_products, by_factors, factors, c, s, v)

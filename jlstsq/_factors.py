@@ -21,12 +21,10 @@ from ._numerics import (
     flat,
     identity_like,
     largest_entry,
-    mm,
     native_batch,
     pick,
     power_of_two,
     scaled,
-    transposed,
     where_matrix,
 )
 from ._operator import Operator
@@ -130,29 +128,26 @@ def factorise(driver: str, adjoint: bool) -> Callable[..., Factored]:
 
 @cache
 def triplets(driver: str) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """(scaled T, `Factored`) -> U (*batch, m, p), s, V of T = U diag(s) V^H; zero where T is not finite."""
+    """(T, `Factored`) -> c, s, V of `down` T = U diag(s) V^H; s is zero where T is not finite.
 
-    def decompose(t, finite, q, r, *accepted):
+    U is Q c, and T c where the Gram matrix is accepted.
+    """
+
+    def decompose(t, finite, r, *accepted):
         r = where_matrix(finite, r, jnp.zeros_like(r))
         if not accepted:
-            u, s, v = svd.factors(r, driver)
-            return mm(transposed(q, r).mT, u), s, v
+            return svd.factors(r, driver)
         by_gram = accepted[0] & finite
         r = where_matrix(by_gram, cholesky.triangle(t, cholesky.factor(t)), r)
         u, s, v = svd.factors(r, driver)
         # T V = U diag(s): as orthonormal as the condition number, which is small here, allows
         inverse = jnp.where(by_gram[..., None], 1 / jnp.where(s > 0, s, 1), 0)
-        direct = mm(t, v * inverse[..., None, :].astype(v.dtype))
-        none = (~by_gram & finite).any()
-        u = cond(
-            none, lambda: where_matrix(by_gram, direct, mm(transposed(q, r).mT, u)), lambda: direct, t, q
-        )
-        return where_matrix(finite, u, jnp.zeros_like(u)), s, v
+        return where_matrix(accepted[0], v * inverse[..., None, :].astype(v.dtype), u), s, v
 
-    batched = native_batch(decompose, 5, (False,) * 3)
+    batched = native_batch(decompose, 4, (False,) * 3)
 
     def call(t, factored):
         accepted = () if factored.gram is None else (factored.gram.accepted,)
-        return batched(t, factored.finite, factored.q, factored.r, *accepted)
+        return batched(t, factored.finite, factored.r, *accepted)
 
     return call

@@ -126,13 +126,14 @@ def _differentiable(driver: str, wide: bool, t: jax.Array, b: jax.Array, rcond: 
     """The same as `values`, written so that JAX can differentiate it to any order."""
     b, b_size, b_finite = scale_columns(b)
     factored = lax.stop_gradient(factorise(driver, wide)(lax.stop_gradient(t), rcond, lax.stop_gradient(b)))
-    x, rho = derivative.solve(driver, factored.factors(t), b, adjoint=wide)
+    factors = factored.factors(t)
+    x, rho = derivative.solve(driver, factors, b, adjoint=wide)
     t_size = factored.up, factored.down
     scaled = Scaled(t_scaled(t, factored.down), b, t_size, b_size, factored.finite, b_finite)
     s = jnp.zeros(factored.r.shape[:-1], factored.up.dtype)
     if driver in ("gelsd", "gelss"):
-        vectors = lax.stop_gradient(triplets(driver)(lax.stop_gradient(scaled.t), factored))
-        _, s, _ = derivative.singular_triplets(scaled.t, *vectors)
+        vectors = lax.stop_gradient(triplets(driver)(lax.stop_gradient(t), factored))
+        s = derivative.singular_values(factors, *vectors)
     solved = good(driver, scaled, rcond, factored.cut.usable)
     return unscale(scaled, x, rho, factored.cut.rank, s, solved)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlstsq._autodiff import choose
+from jlstsq._autodiff import choose, linear_solve
 
 BRANCHES = (
     lambda a, b: (jnp.sin(a @ b).sum(), a.T @ a),
@@ -121,3 +121,37 @@ def test_keeps_no_tracer(x64):
 
     with jax.checking_leaks():
         jax.grad(jax.jit(loss))(jnp.ones((6, 3)), jnp.bool(True))
+
+
+def test_linear_solve_of_a_tree(x64):
+    """[I A; 0 D] (x, y) = (f, g): every order and mode where any of A, D, f and g moves, and only it."""
+    rng = np.random.default_rng(3)
+    args = rng.standard_normal((4, 3)), rng.uniform(1, 2, 3), rng.standard_normal(4), rng.standard_normal(3)
+
+    def ours(a, d, f, g):
+        constant = jax.lax.stop_gradient((a, d))
+
+        def solve(_, fg):
+            y = fg[1] / constant[1]
+            return fg[0] - constant[0] @ y, y
+
+        def adjoint(_, fg):
+            return fg[0], (fg[1] - fg[0] @ constant[0]) / constant[1]
+
+        return linear_solve(lambda z: (z[0] + a @ z[1], d * z[1]), (f, g), solve, adjoint)
+
+    def theirs(a, d, f, g):
+        return f - a @ (g / d), g / d
+
+    for moving in range(4):
+        results = []
+        for fun in (ours, theirs):
+
+            def loss(z, fun=fun, moving=moving):
+                x, y = fun(*(z if i == moving else a for i, a in enumerate(args)))
+                return jnp.sin(x).sum() + (y**3).sum()
+
+            inner, outer = (jax.jacfwd, jax.jacrev), (jax.jacfwd, jax.jacrev)
+            results.append([o(i(loss))(args[moving]) for i in inner for o in outer])
+        for x, y in zip(*results, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12)

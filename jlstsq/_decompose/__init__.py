@@ -140,11 +140,11 @@ def cut(
     return cond(full.all(), lambda: (q, safe, whole), truncated, q, r, rcond)
 
 
-def expand(driver: str, r: jax.Array, cut: Cut) -> Decision:
+def expand(r: jax.Array, cut: Cut) -> Decision:
     """The decision with the factors of the kept part. Elements of full rank: R = I R I^H."""
     full = cut.full
     whole = _whole(where_matrix(full & cut.usable, r, identity_like(r)))
-    if driver == "gelsy":
+    if cut.pivots is not None:
         kept = complete_orthogonal.rebuild(r, cut.pivots, cut.mask)
     else:
         kept = svd.rebuild(r, cut.mask)
