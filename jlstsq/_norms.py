@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._numerics import H, abs2, hashed, mm, real_dtype, varying
+from ._numerics import H, abs2, hashed, largest, mm, real_dtype, varying
 
 # r and f: float64 has room for a loose bound, float32 at the default rcond has none.
 _VECTORS, _FACTOR = {64: 16, 32: 32}, {64: 8.2, 32: 2.6}
@@ -45,7 +45,7 @@ def norm_from_images(images: jax.Array) -> jax.Array:
     """A bound of ||B||_2 from B g_i."""
     # One of the real and the imaginary part of v has norm 1 / sqrt(2) at least.
     factor = _FACTOR[jnp.finfo(images.dtype).bits] * (2**0.5 if jnp.iscomplexobj(images) else 1)
-    return factor * jnp.sqrt(abs2(images).sum(-2).max(-1))
+    return factor * jnp.sqrt(largest(abs2(images).sum(-2)))
 
 
 def norm2_bound(a: jax.Array) -> jax.Array:

@@ -108,13 +108,21 @@ def where_matrix(condition: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(condition[..., None, None], a, b)
 
 
+def largest(a: jax.Array, axis: Any = -1) -> jax.Array:
+    """The maximum of real numbers, 0 at least; NaN counts as Inf.
+
+    XLA on CPU (jaxlib 0.10.2) loses NaN in a maximum over arrays of more than some thousand entries.
+    """
+    return jnp.where(jnp.isnan(a), jnp.inf, a).max(axis, initial=0)
+
+
 def largest_entry(a: jax.Array, axis: int | tuple[int, int]) -> tuple[jax.Array, jax.Array]:
     """The largest modulus (max norm of re, im), 0 where not all entries are finite, and whether they are."""
     a = lax.stop_gradient(a)
     size = jnp.maximum(abs(a.real), abs(a.imag)) if jnp.iscomplexobj(a) else abs(a)
-    largest = size.max(axis, initial=0)
-    finite = jnp.isfinite(largest)
-    return jnp.where(finite, largest, 0), finite
+    maximum = largest(size, axis)
+    finite = jnp.isfinite(maximum)
+    return jnp.where(finite, maximum, 0), finite
 
 
 def scaled(t: jax.Array, down: jax.Array | None) -> jax.Array:

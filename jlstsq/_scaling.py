@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._numerics import largest_entry, power_of_two, scale_by, where_matrix
+from ._numerics import largest_entry, power_of_two, scale_by
 
 
 class Scaled(NamedTuple):
@@ -47,11 +47,6 @@ def unscale(scaled: Scaled, x, rho, rank, s, good):
     nan = jnp.where(scaled.t_finite, 1, jnp.nan).astype(s.dtype)
     s = s * (scaled.t_size[0] * nan)[..., None]
     return x, rho, jnp.where(scaled.t_finite, rank, 0), s
-
-
-def safe_triangle(scaled: Scaled, r: jax.Array) -> jax.Array:
-    """R, with zeros instead of what came of NaN and Inf: no SVD must see those."""
-    return where_matrix(scaled.t_finite, r, jnp.zeros_like(r))
 
 
 def good(driver: str, scaled: Scaled, rcond: jax.Array, usable: jax.Array) -> jax.Array:

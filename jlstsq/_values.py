@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from . import _fast as fast
 from ._blocks import in_blocks
-from ._decompose import solve_decided, svd
+from ._decompose import solve_decided
 from ._numerics import abs2, cond, mm, native_batch, where_matrix
 from ._reduce import lanes, project, triangle
-from ._scaling import good, safe_triangle, scale, unscale
+from ._scaling import good, scale, unscale
 
 Answer = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -30,23 +30,13 @@ def _careful(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arr
         tail = jnp.zeros((*b.shape[:-2], b.shape[-1]), scaled.b_size[0].dtype)
     else:
         r, c, tail = project(t, b, down, cut)
-    s = _singular_values(driver, safe_triangle(scaled, r))
-    r, c = (jnp.broadcast_to(a, (*rcond.shape, *a.shape[-2:])) for a in (r, c))
-    ok = jnp.broadcast_to(scaled.t_finite, rcond.shape)
-    y, rank, usable = solve_decided(driver, wide, r, rcond, ok, c)
+    y, rank, usable, s = solve_decided(driver, wide, r, rcond, scaled.t_finite, c)
     if wide:
         # T y with R backward stable is as accurate as using Q (Paige 1973).
         x, rho = mm(scaled.t, y), jnp.broadcast_to(tail, (*rcond.shape, tail.shape[-1]))
     else:
         x, rho = y, tail + abs2(c - mm(r, y)).sum(-2)
     return unscale(scaled, x, rho, rank, s, good(driver, scaled, rcond, usable))
-
-
-def _singular_values(driver: str, r: jax.Array) -> jax.Array:
-    """Those of R where the driver has any."""
-    if driver in ("gelsd", "gelss"):
-        return svd.values(r, driver)
-    return jnp.zeros(r.shape[:-1], jnp.finfo(r.dtype).dtype)
 
 
 def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Array) -> Answer:

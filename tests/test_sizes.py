@@ -195,3 +195,64 @@ def test_parity_with_pytorch(driver, x64):
             value = getattr(theirs, name).numpy()
             if value.size:
                 np.testing.assert_allclose(getattr(ours, name), value, atol=1e-11)
+
+
+BAD = [
+    pytest.param(driver, shape, marks=() if first else pytest.mark.slow)
+    for driver in DRIVERS
+    for shape, first in [
+        ((3000, 12), driver != "gels"), ((12, 3000), False), ((500, 500), driver == "gelsd"),
+        ((300, 100, 100), False), ((1000, 64, 32), driver == "gelsy"), ((10000, 8, 3), False),
+        ((20000, 50), False), ((300, 30, 160), False),
+    ]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("driver", "shape"), BAD)
+@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
+def test_bad_values_in_large_arrays(driver, shape, bad, x64):
+    """XLA on CPU loses NaN in a maximum over so many entries. Neighbours: the same to the bit."""
+    rng = np.random.default_rng(0)
+    A, B = rng.standard_normal(shape), rng.standard_normal((*shape[:-1], 2))
+    spoiled, at = A.copy(), (5,) if len(shape) == 3 else ()
+    spoiled[*at, 7 % shape[-2], 1] = bad
+    columns = B.copy()
+    columns[*at, 3, 1] = bad
+
+    def loss(A, B):
+        result = lstsq(A, B, driver=driver)
+        # NaN must not reach the neighbours through the sum
+        return jax.numpy.where(np.arange(A.shape[0]) == 5, 0, (result.solution**2).sum((-2, -1))).sum(), result
+
+    fun = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True) if at else lambda A, B: loss(A, B))
+    clean, dirty, half = (jax.tree.map(np.asarray, fun(*ab)) for ab in ((A, B), (spoiled, B), (A, columns)))
+    (*_, result), (*_, other) = (x[0] if at else x for x in (dirty, half))
+    for x in (result.solution, result.residuals, result.singular_values):
+        assert x.size == 0 or np.isnan(x[at]).all()
+    if driver != "gels":
+        assert result.rank[at] == 0
+        assert other.rank[at] == min(shape[-2:])
+    assert np.isnan(other.solution[*at, :, 1]).all()
+    assert np.isfinite(other.solution[*at, :, 0]).all()
+    if at:
+        others = np.arange(shape[0]) != 5
+        for x, y, z in zip(*map(jax.tree.leaves, (clean, dirty, half)), strict=True):
+            if x.shape[:1] == shape[:1]:
+                assert np.array_equal(x[others], y[others])
+                assert np.array_equal(x[others], z[others])
+
+
+@pytest.mark.parametrize("shape", [(300, 100, 100), (300, 130, 100), (10000, 4, 4)], ids=str)
+def test_singular_matrices_in_large_batches(shape, x64):
+    """A zero pivot makes NaN in inverses, and no bound may lose it."""
+    rng = np.random.default_rng(1)
+    A, b = rng.standard_normal(shape), rng.standard_normal(shape[:-1])
+    A[7, :, 2], A[8], A[9, :, 1] = 0, 0, A[9, :, 0]
+    for driver in DRIVERS:
+        result = lstsq(A, b, driver=driver)
+        if driver == "gels":
+            assert (np.isnan(result.solution).any(-1) == np.isin(np.arange(shape[0]), [7, 8, 9])).all()
+        else:
+            assert (result.rank[7:10] == np.array([shape[-1] - 1, 0, shape[-1] - 1])).all()
+            assert (np.delete(result.rank, [7, 8, 9]) == shape[-1]).all()
+            assert np.isfinite(result.solution).all()

@@ -73,26 +73,39 @@ def _solve_full(r: jax.Array, b: jax.Array, adjoint: bool) -> jax.Array:
 
 def solve_decided(
     driver: str, adjoint: bool, r: jax.Array, rcond: jax.Array, ok: jax.Array, c: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The values' path: y, the rank and where it is usable, with one branch for a whole batch.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The values' path: y, the rank, where it is usable and the singular values, by one branch for a batch.
 
     y = T^+ b for c = Q^H b; for the adjoint problem y has T y = T^+H c. Where ok is False, R holds
-    NaN or Inf and nothing is decided. The branch depends on the whole batch, so it keeps the fast
-    result of every element that was certified: no answer depends on its neighbours.
+    NaN or Inf and nothing is decided. rcond may have more leading dimensions than the others, and so have
+    the results then, but for the singular values (zero, where the driver has none). The branch depends on
+    the whole batch, so it keeps the fast result of every element that was certified: no answer depends on
+    its neighbours.
     """
     p = r.shape[-1]
     safe, full, usable = _certify(driver, r, rcond, ok)
-    y = _solve_full(where_matrix(full & usable, safe, identity_like(r)), c, adjoint)
+    r, c = (jnp.broadcast_to(a, (*rcond.shape, *a.shape[-2:])) for a in (safe, c))
+    y = _solve_full(where_matrix(full & usable, r, identity_like(r)), c, adjoint)
     rank = jnp.full(full.shape, p)
+    s = jnp.zeros(safe.shape[:-1], rcond.dtype)
     if driver == "gels":
-        return y, rank, usable
+        return y, rank, usable, s
+
+    def whole():
+        return y, rank, s if driver == "gelsy" else svd.values(safe, driver)
 
     def truncated():
-        kept = _truncate(driver, safe, rcond)
-        return where_matrix(full, y, kept.solve(c, adjoint)), jnp.where(full, p, kept.rank)
+        if driver == "gelsy":
+            kept, rank = complete_orthogonal.solve(r, rcond, c, adjoint)
+            values = s
+        else:
+            kept, rank, values = svd.solve(r, rcond, driver, c, adjoint)
+            if rcond.ndim:  # a neighbour's truncation must not change them in the last digit
+                values = svd.values(safe, driver)
+        return where_matrix(full, y, kept), jnp.where(full, p, rank), values
 
-    y, rank = cond(full.all(), lambda: (y, rank), truncated, r, rcond, c)
-    return y, rank, usable
+    y, rank, s = cond(full.all(), whole, truncated, r, rcond, c)
+    return y, rank, usable, s
 
 
 def _certify(driver: str, r: jax.Array, rcond: jax.Array, ok: jax.Array):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .._norms import frobenius, norm2_bound
-from .._numerics import abs2
+from .._numerics import abs2, largest
 
 # Rounding in R^-1 is kappa(R) eps relative, at most about 1/max(m, n) where the certificate can fire
 # at the default rcond; the margin covers it.
@@ -38,7 +38,7 @@ def dependence(r: jax.Array, inverse: jax.Array) -> jax.Array:
     der Sluis 1969; Higham, Accuracy and Stability, 2002, section 7.3).
     """
     column_norms = jnp.sqrt(abs2(r).sum(-2))
-    return (column_norms[..., :, None] * abs(inverse)).sum(-2).max(-1)
+    return largest((column_norms[..., :, None] * abs(inverse)).sum(-2))
 
 
 def independent(dependence: jax.Array) -> jax.Array:

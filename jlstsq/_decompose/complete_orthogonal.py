@@ -12,8 +12,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from .._library import qr
-from .._numerics import H, abs2, cond, identity_like, pick
+from .._library import qr, triangle, triangular_solve
+from .._numerics import H, abs2, cond, identity_like, largest, mm, pick
 from .condition_estimate import estimate_rank
 from .kept import Kept
 from .pivoted_qr import pivoted_at_once, pivoted_qr
@@ -22,16 +22,40 @@ from .pivoted_qr import pivoted_at_once, pivoted_qr
 _FEW = 31
 
 
+def solve(r: jax.Array, rcond: jax.Array, c: jax.Array, adjoint: bool) -> tuple[jax.Array, jax.Array]:
+    """R_k^+ c and the rank of R_k; adjoint: y with R y = R_k^+H c. No orthogonal factor is formed.
+
+    R_k is the leading part of the pivoted R whose condition estimate stays above the cut.
+    """
+    rp, d, perm, kept = _pivoted(r, rcond, c[..., :0] if adjoint else c)
+    columns, order = kept[..., None], jnp.argsort(perm, axis=-1)[..., None]
+    both = kept[..., :, None] & kept[..., None, :]
+    m = H(jnp.where(columns, rp, 0))
+    if adjoint:
+        # L^H, and W^H c with it
+        augmented = triangle(jnp.concatenate([m, jnp.take_along_axis(c, perm[..., None], axis=-2)], axis=-1))
+        lh, d = augmented[..., : r.shape[-1]], augmented[..., r.shape[-1] :]
+        lh = jnp.where(both, lh, identity_like(r))
+        y = triangular_solve(lh, jnp.where(columns, d, 0))
+        y = triangular_solve(jnp.where(both, rp, identity_like(r)), y)
+    else:
+        # The seminormal equations of the minimum-norm solution are as accurate as W (Paige 1973).
+        lh = jnp.where(both, triangle(m), identity_like(r))
+        y = mm(m, triangular_solve(lh, triangular_solve(lh, jnp.where(columns, d, 0), adjoint=True)))
+    return jnp.take_along_axis(y, order, axis=-2), kept.sum(-1)
+
+
 def decompose(r: jax.Array, rcond: jax.Array) -> Kept:
-    """The leading part of the pivoted R whose condition estimate stays above the cut."""
-    return _factors(*_pivoted(r, rcond))
+    """The factors of R_k."""
+    rp, uh, perm, kept = _pivoted(r, rcond, identity_like(r))
+    return _factors(H(uh), rp, perm, kept)
 
 
 def decide(r: jax.Array, rcond: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """U and U^H R, the pivots, and the mask of those kept."""
-    u, rp, perm, kept = _pivoted(r, rcond)
+    """U and the kept rows of U^H R, the pivots, and the mask of those kept."""
+    rp, uh, perm, kept = _pivoted(r, rcond, identity_like(r))
     order = jnp.argsort(perm, axis=-1)
-    return u, jnp.take_along_axis(rp, order[..., None, :], axis=-1), perm, kept
+    return H(uh), jnp.take_along_axis(rp, order[..., None, :], axis=-1), perm, kept
 
 
 def rebuild(r: jax.Array, perm: jax.Array, kept: jax.Array) -> Kept:
@@ -39,31 +63,36 @@ def rebuild(r: jax.Array, perm: jax.Array, kept: jax.Array) -> Kept:
     return _factors(identity_like(r), jnp.take_along_axis(r, perm[..., None, :], axis=-1), perm, kept)
 
 
-def _pivoted(r: jax.Array, rcond: jax.Array) -> tuple[jax.Array, ...]:
-    """U, Rp, the pivots and which of them are kept.
+def _pivoted(r: jax.Array, rcond: jax.Array, c: jax.Array) -> tuple[jax.Array, ...]:
+    """Rp, U^H c, the pivots and which of them are kept.
 
     Pivots taken at once are believed where no column that is dropped has more than rcond smax left:
-    then none could have been kept. Else they are taken one by one.
+    then none could have been kept. Else the pivots behind those that are kept are taken one by one, to
+    where no column has that much left.
     """
     p = r.shape[-1]
     index = jnp.arange(p)
 
-    def decided(u, rp, perm):
+    def decided(rp, d, perm):
         rank, size = estimate_rank(rp, rcond)
         kept = index < rank[..., None]
         dropped = ~(kept[..., :, None] | kept[..., None, :])
-        left = jnp.sqrt(jnp.where(dropped, abs2(rp), 0).sum(-2)).max(-1)
-        return (u, rp, perm, kept), left <= rcond * size
+        left = largest(jnp.sqrt(jnp.where(dropped, abs2(rp), 0).sum(-2)))
+        return (rp, d, perm, kept), rank, rcond * size, left <= rcond * size
 
-    r = jnp.broadcast_to(r, (*rcond.shape, p, p))
+    r, c = (jnp.broadcast_to(a, (*rcond.shape, *a.shape[-2:])) for a in (r, c))
     if p <= _FEW:
-        return decided(*pivoted_qr(r))[0]
-    at_once, believed = decided(*pivoted_at_once(r))
+        stop = rcond * largest(jnp.sqrt(abs2(r).sum(-2)))
+        return decided(*pivoted_qr(r, c, stop=stop))[0]
+    at_once, rank, stop, believed = decided(*pivoted_at_once(r, c))
 
-    def one_by_one():
-        return jax.tree.map(partial(pick, believed), at_once, decided(*pivoted_qr(r))[0])
+    def further():
+        rp, d, perm, _ = at_once
+        rp, d, order = pivoted_qr(rp, d, jnp.where(believed, p, rank).min(), stop)
+        perm = jnp.take_along_axis(perm, order, axis=-1)
+        return jax.tree.map(partial(pick, believed), at_once, decided(rp, d, perm)[0])
 
-    return cond(believed.all(), lambda: at_once, one_by_one, r, rcond)
+    return cond(believed.all(), lambda: at_once, further, r, rcond, c)
 
 
 def _factors(u: jax.Array, rp: jax.Array, perm: jax.Array, kept: jax.Array) -> Kept:

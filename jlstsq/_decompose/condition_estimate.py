@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._numerics import abs2, mm, varying
+from .._numerics import abs2, varying
 
 
 def _update(sest: jax.Array, alpha: jax.Array, gamma: jax.Array):
@@ -51,14 +51,15 @@ def estimate_rank(r: jax.Array, rcond: jax.Array) -> tuple[jax.Array, jax.Array]
     start = first > rcond * first
 
     def step(j, state):
-        rank, going, size, sest, x = state
-        column = jnp.where(jnp.arange(p) < j, r[:, j], 0)
-        sest, s, c = _update(sest, mm(x.conj(), column), r[j, j])
+        rank, going, size, sest, y = state
+        sest, s, c = _update(sest, y[:, j], r[j, j])
         going = going & (sest[1] > rcond * sest[0])
         size = jnp.where(going, sest[0], size)
-        return rank + going.astype(int), going, size, sest, (s[:, None] * x).at[:, j].set(c)
+        # x -> [s x; c]
+        return rank + going.astype(int), going, size, sest, s.conj()[:, None] * y + c.conj()[:, None] * r[j]
 
-    x = jnp.zeros((2, p), r.dtype).at[:, 0].set(1)
-    state = (start.astype(int), start, first, jnp.stack([first, first]), x)
+    # y = x^H R for every column of R at once
+    y = jnp.broadcast_to(r[0], (2, p))
+    state = (start.astype(int), start, first, jnp.stack([first, first]), y)
     rank, _, size, _, _ = lax.fori_loop(1, p, step, varying(state, r, rcond))
     return rank, size

@@ -4,9 +4,6 @@ from typing import NamedTuple
 
 import jax
 
-from .._library import triangular_solve
-from .._numerics import H, mm
-
 
 class Kept(NamedTuple):
     """R_k = u l w^H, the kept part of R (p x p, leading batch dimensions).
@@ -26,10 +23,3 @@ class Kept(NamedTuple):
     @property
     def rank(self) -> jax.Array:
         return self.kept.sum(-1)
-
-    def solve(self, c: jax.Array, adjoint: bool) -> jax.Array:
-        """R_k^+ c = w l^-1 u^H c; adjoint: y with R y = R_k^+H c = u l^-H w^H c = R e r^-1 l^-H w^H c."""
-        if adjoint:
-            y = triangular_solve(self.l, mm(H(self.w), c), lower=True, adjoint=True)
-            return mm(self.e, triangular_solve(self.r, y))
-        return mm(self.w, triangular_solve(self.l, mm(H(self.u), c), lower=True))

@@ -1,10 +1,11 @@
-"""Householder QR with column pivoting, R P = U Rp, of one small matrix or a batch.
+"""Householder QR with column pivoting, R P = U Rp, of small matrices, and U^H C for what rides along.
 
 Pivots are taken one by one, the column of largest remaining norm (Businger and Golub
 1965), in a `lax` loop. As in LAPACK (Quintana-Orti, Sun and Bischof 1998; xLAQPS) the matrix is
 a - v f^H with a left alone, so that a step reads it once and writes none of it. Columns stay where they
 are, and are put in order at the end. Column norms are downdated, and recomputed where Drmac and
-Bujanovic's test (LAPACK Working Note 176, 2006) says that the downdate has lost its digits.
+Bujanovic's test (LAPACK Working Note 176, 2006) says that the downdate has lost its digits. The loop may
+begin behind columns that are triangular already, and ends where no column has enough left to matter.
 
 All at once they come from a random mixture S R of the rows: Gaussian elimination of (S R)^H with partial
 pivoting chooses the column with the largest entry in one random combination of what remains, most often
@@ -12,29 +13,31 @@ one of nearly largest norm (Melnichenko, Murray and others 2025, BQRRP). Then Rp
 pivoting. Its diagonal need not decrease: whoever truncates it has to look at what is dropped.
 """
 
+import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._library import householder_product, lu, qr
+from .._library import lu, triangle
 from .._norms import random
-from .._numerics import H, abs2, mm, reflector, varying
+from .._numerics import H, abs2, cond, mm, reflector, varying
 
 Factors = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def pivoted_qr(a: jax.Array) -> Factors:
-    """U, Rp and the 0-based permutation with A[:, perm] = U Rp, |diag Rp| not increasing."""
-    vectors, taus, perm = _factor(a)
-    return householder_product(vectors, taus), jnp.triu(vectors), perm
+def pivoted_at_once(a: jax.Array, c: jax.Array) -> Factors:
+    """Rp, U^H C and the 0-based permutation with A[:, perm] = U Rp, from the random mixture.
 
-
-def pivoted_at_once(a: jax.Array) -> Factors:
-    """The same from the random mixture; the diagonal may increase."""
+    A (*batch, p, p), C (*batch, p, k).
+    """
+    p = a.shape[-1]
     perm = pivots(a)
-    return *qr(jnp.take_along_axis(a, perm[..., None, :], axis=-1)), perm
+    # U itself would cost as much as this again.
+    both = triangle(jnp.concatenate([jnp.take_along_axis(a, perm[..., None, :], axis=-1), c], axis=-1))
+    return both[..., :p], both[..., p:], perm
 
 
 def pivots(a: jax.Array) -> jax.Array:
@@ -44,47 +47,71 @@ def pivots(a: jax.Array) -> jax.Array:
     return perm.astype(int)
 
 
-@partial(jnp.vectorize, signature="(p,p)->(p,p),(p),(p)")
-def _factor(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Reflectors below the diagonal of the triangle, as LAPACK stores them, and their scales.
+def pivoted_qr(a: jax.Array, c: jax.Array, start: Any = 0, stop: jax.Array | None = None) -> Factors:
+    """The same one by one, |diag Rp| not increasing.
 
-    H_j = I - tau_j v_j v_j^H, v_j(j) = 1.
+    `start` columns of A are triangular and stay where they are. Where no column has a norm above `stop`
+    (*batch) left for any matrix of the batch, what is left is not made triangular, but cut off below the
+    diagonal.
     """
+    *batch, p, _ = a.shape
+    flat_a, flat_c = (x.reshape(math.prod(batch), p, -1) if batch else x for x in (a, c))
+    limit = jnp.full(batch, -1.0, jnp.finfo(a.dtype).dtype) if stop is None else stop
+    r, c, perm = _loop(flat_a, flat_c, jnp.asarray(start), limit.reshape(flat_a.shape[:-2]))
+    return r.reshape(a.shape), c.reshape(*batch, *c.shape[-2:]), perm.reshape(*batch, p)
+
+
+def _loop(a: jax.Array, c: jax.Array, start: jax.Array, stop: jax.Array) -> Factors:
     p = a.shape[-1]
     index = jnp.arange(p)
     tolerance = jnp.sqrt(jnp.finfo(a.dtype).eps)
+    each = jax.vmap if a.ndim == 3 else lambda fun: fun
 
-    def step(_, state):
-        # The count is carried: a loop's own has no varying axes (`recomputed`).
-        j, v, f, out, taus, perm, norms, exact_norms = state
+    def advance(j, a, v, f, out, c, place, norms, exact_norms):
+        """One step for one matrix; the column norms that have lost their digits as well."""
         pivot = jnp.argmax(norms)
         x = a[:, pivot] - mm(v, f[pivot].conj())
         vj, tau, beta = reflector(x, j)
-        out = out.at[:, pivot].set(jnp.where(index > j, vj, jnp.where(index == j, beta, x)))
+        out = out.at[:, pivot].set(jnp.where(index > j, 0, jnp.where(index == j, beta, x)))
         row = mm(vj.conj(), a) - mm(mm(vj.conj(), v), H(f))
         v = v.at[:, j].set(vj)
         f = f.at[:, j].set((jnp.conj(tau) * row).conj())
+        c = c - (jnp.conj(tau) * vj)[:, None] * mm(vj.conj(), c)
+        place = place.at[pivot].set(j)
 
         # Columns that have been pivots have the norm -1.
         norms = norms.at[pivot].set(-1)
-        left = norms >= 0
         top = a[j] - mm(v[j], H(f))
         ratio = abs(top) / jnp.where(norms > 0, norms, 1)
         rest = jnp.maximum(0, 1 - ratio**2)
         lost = rest * (norms / jnp.where(exact_norms > 0, exact_norms, 1)) ** 2 <= tolerance
+        left = norms >= 0
         norms = jnp.where(left, norms * jnp.sqrt(rest), norms)
+        return v, f, out, c, place, norms, left & lost
+
+    def going(state):
+        j, *_, norms, _ = state
+        return (j < p) & (norms > stop[..., None]).any()
+
+    def step(state):
+        j, v, f, out, c, place, norms, exact_norms = state
+        v, f, out, c, place, norms, lost = each(partial(advance, j))(
+            a, v, f, out, c, place, norms, exact_norms
+        )
 
         def recomputed():
-            # A constant from outside has no varying axes, and batching a cond loses count (jax 0.10.2).
-            below = jnp.arange(p)[:, None] > j
-            fresh = jnp.sqrt(jnp.where(below, abs2(a - mm(v, H(f))), 0).sum(0))
-            return jnp.where(left & lost, fresh, norms), jnp.where(left & lost, fresh, exact_norms)
+            fresh = jnp.sqrt(jnp.where((index > j)[:, None], abs2(a - mm(v, H(f))), 0).sum(-2))
+            return jnp.where(lost, fresh, norms), jnp.where(lost, fresh, exact_norms)
 
-        norms, exact_norms = lax.cond((left & lost).any(), recomputed, lambda: (norms, exact_norms))
-        return j + 1, v, f, out, taus.at[j].set(tau), perm.at[j].set(pivot), norms, exact_norms
+        norms, exact_norms = cond(lost.any(), recomputed, lambda: (norms, exact_norms), a, norms)
+        return j + 1, v, f, out, c, place, norms, exact_norms
 
-    norms = jnp.sqrt(abs2(a).sum(0))
+    below = (index >= start)[:, None]
+    norms = jnp.where(index >= start, jnp.sqrt(jnp.where(below, abs2(a), 0).sum(-2)), -1)
     empty = jnp.zeros_like(a)
-    state = (jnp.zeros((), int), empty, empty, empty, jnp.zeros(p, a.dtype), index, norms, norms)
-    _, _, _, out, taus, perm, _, _ = lax.fori_loop(0, p, step, varying(state))
-    return out[:, perm], taus, perm
+    place = jnp.broadcast_to(jnp.where(index < start, index, p + index), norms.shape)
+    state = (start, empty, empty, a, c, place, norms, norms)
+    _, v, f, out, c, place, *_ = lax.while_loop(going, step, varying(state, a, c, stop))
+    out = jnp.where(place[..., None, :] < p, out, a - mm(v, H(f)))
+    perm = jnp.argsort(place, axis=-1)
+    return jnp.triu(jnp.take_along_axis(out, perm[..., None, :], axis=-1)), c, perm

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _library as library
-from .._numerics import H, abs2, identity_like
+from .._numerics import H, abs2, identity_like, mm
 from .kept import Kept
 
 
@@ -21,6 +21,18 @@ def factors(r: jax.Array, driver: str) -> tuple[jax.Array, jax.Array, jax.Array]
     """U, s, V of R = U diag(s) V^H. gelss takes the QR-iteration SVD where it may: CUDA and ROCm."""
     u, s, vh = library.svd(r, qr_iteration=driver == "gelss")
     return u, s, H(vh)
+
+
+def solve(
+    r: jax.Array, rcond: jax.Array, driver: str, c: jax.Array, adjoint: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """R_k^+ c, the rank of R_k and all singular values; adjoint: y with R y = R_k^+H c = U_k s^-1 V_k^H c."""
+    u, s, v = factors(r, driver)
+    kept = _kept(s, rcond)
+    inverse = jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)[..., None].astype(v.dtype)
+    if adjoint:  # R v = s u
+        return mm(v, inverse * (inverse * mm(H(v), c))), kept.sum(-1), s
+    return mm(v, inverse * mm(H(u), c)), kept.sum(-1), s
 
 
 def decompose(r: jax.Array, rcond: jax.Array, driver: str) -> Kept:

@@ -30,6 +30,7 @@ from .._numerics import (
     double_precision,
     identity_like,
     in_double,
+    largest,
     largest_entry,
     mm,
     varying,
@@ -181,7 +182,7 @@ def _factor(rows_apart: bool, double: bool, t: jax.Array) -> Gram:
         # rcond of many rows in single precision needs more.
         triangle = r / d[..., None, :].astype(wide)
         size = norm2_bound(triangle) if double and t.ndim == 2 else jnp.sqrt(squares.sum(-1))
-        inverse_size = jnp.minimum(d.max(-1) * inverse_norm, frobenius(x))
+        inverse_size = jnp.minimum(largest(d) * inverse_norm, frobenius(x))
         in_working_precision = squares.astype(real)
         accepted = definite & in_range(m, in_working_precision) & (contraction <= _CONTRACTION)
         return Gram(

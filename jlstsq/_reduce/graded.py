@@ -19,6 +19,6 @@ def orthonormal(t: jax.Array, finite: jax.Array) -> tuple[jax.Array, jax.Array, 
     order = jnp.argsort(-size, axis=-1)
     t = jnp.take_along_axis(t, order[..., None], axis=-2)
     r = householder.triangle(t)
-    _, _, perm = pivoted_qr(where_matrix(finite, r, identity_like(r)))
+    _, _, perm = pivoted_qr(where_matrix(finite, r, identity_like(r)), r[..., :0])
     q, r = householder.orthonormal(jnp.take_along_axis(t, perm[..., None, :], axis=-1))
     return flat(jnp.take_along_axis(q, jnp.argsort(order, axis=-1)[..., None], axis=-2)), r, perm

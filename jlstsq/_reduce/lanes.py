@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._numerics import abs2, largest_entry, power_of_two, reflector, varying
+from .._numerics import abs2, largest, largest_entry, power_of_two, reflector, varying
 
 # A block stays in the cache, and small: XLA on CPU (jax 0.10.2) gives wrong numbers for a fused
 # product and sum over 8192 float32 lanes or more.
@@ -176,14 +176,14 @@ def _block(adjoint: bool, spectrum: bool, t: jax.Array, b: jax.Array) -> Lanes:
     else:
         x = _substitute(r, w[:p, p:]) / rows
         rho = abs2(w[p:, p:]).sum(0)
-    dependence = (columns[:, None] * abs(inverse)).sum(0).max(0)
+    dependence = largest((columns[:, None] * abs(inverse)).sum(0), 0)
     columns, inverse_size = columns * d, abs(inverse) / d[:, None]
     squares = columns**2
     s, converged = jnp.zeros_like(columns), jnp.ones(t.shape[-1:], bool)
     if spectrum:
-        largest = d.max(0)
-        s, converged = _singular_values(r * (d / largest).astype(r.dtype))
-        s = s * largest
+        size = d.max(0)
+        s, converged = _singular_values(r * (d / size).astype(r.dtype))
+        s = s * size
     out = Lanes(
         solution=x,
         residuals=rho,
