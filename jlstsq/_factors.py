@@ -144,7 +144,10 @@ def triplets(driver: str) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array
         inverse = jnp.where(by_gram[..., None], 1 / jnp.where(s > 0, s, 1), 0)
         return where_matrix(accepted[0], v * inverse[..., None, :].astype(v.dtype), u), s, v
 
-    batched = native_batch(decompose, 4, (False,) * 3)
+    def blocks(t, *args):
+        return in_blocks(decompose, t.shape[:-2], t, *args)
+
+    batched = native_batch(blocks, 4, (False,) * 3)
 
     def call(t, factored):
         accepted = () if factored.gram is None else (factored.gram.accepted,)
