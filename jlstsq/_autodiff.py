@@ -1,4 +1,4 @@
-"""Custom derivatives: a function with another's derivative, and a switch that saves nothing for its own."""
+"""Custom derivatives: a function with another's derivative, and a choice that saves nothing for its own."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -103,6 +103,12 @@ def transposed(q: jax.Array, r: jax.Array) -> jax.Array:
     return q.reshape(*q.shape[:-1], r.shape[-1], q.shape[-1] // r.shape[-1])
 
 
+def inverse_permutation(perm: jax.Array) -> jax.Array:
+    """The inverse of permutations (*batch, p) of few numbers: comparing all is faster than to sort."""
+    index = jnp.arange(perm.shape[-1])
+    return jnp.where(perm[..., None, :] == index[:, None], index, 0).sum(-1)
+
+
 def where_matrix(condition: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """A where the batch element's condition holds, b elsewhere."""
     return jnp.where(condition[..., None, None], a, b)

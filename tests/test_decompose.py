@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import problems
 import pytest
+import scipy.linalg
 
 from jlstsq import lstsq
 from jlstsq._decompose.pivoted_qr import pivoted_at_once, pivoted_qr
@@ -85,3 +86,62 @@ def test_gelsy_of_many_columns(shape, x64):
     np.testing.assert_allclose(
         (gradient * (move @ right)).sum(), difference, rtol=1e-6, atol=1e-7 * abs(value)
     )
+
+
+def slope(rng, m, n):
+    """Singular values that fall evenly to 1e-6, so that pivots decide what a cut among them keeps."""
+    return problems.with_spectrum(rng, m, n, np.logspace(0, -6, n))
+
+
+@pytest.mark.parametrize("n", [12, 40])
+def test_neighbours_do_not_choose_pivots(n, x64):
+    """Where dropped columns have much left: bit for bit the same beside whatever is in the batch."""
+    rng = np.random.default_rng(0)
+    A, b = slope(rng, n + 10, n), rng.standard_normal((2, n + 10))
+    N = rng.standard_normal((n + 10, 3)) @ rng.standard_normal((3, n))
+
+    @jax.jit
+    def both(A, rcond):
+        def solution(A):
+            result = lstsq(A, b, rcond)
+            return result.solution, result.rank
+
+        return solution(A), jax.jvp(solution, (A,), (A,))
+
+    for rcond in (1e-3, 1e-4):
+        alone = both(np.stack([A, A]), np.full(2, rcond))
+        for neighbour, cut in [(N, np.nan), (N, 1.0), (A, 0.3), (N, rcond), (slope(rng, n + 10, n), rcond)]:
+            beside = both(np.stack([A, neighbour]), np.array([rcond, cut]))
+            for x, y in zip(jax.tree.leaves(alone), jax.tree.leaves(beside), strict=True):
+                assert np.array_equal(x[0], y[0])
+
+
+def test_one_decision_for_values_and_derivatives(x64):
+    """Under vmap over rcond alone as well, with the cut anywhere on a slope."""
+    rng = np.random.default_rng(1)
+    A, b = slope(rng, 50, 40), rng.standard_normal(50)
+
+    def solution(A, rcond):
+        result = lstsq(A, b, rcond)
+        return result.solution, result.rank
+
+    def derivative(rcond):
+        return jax.jvp(lambda A: solution(A, rcond), (A,), (A,))[0]
+
+    cuts = np.logspace(-0.5, -5, 16)
+    plain = jax.jit(jax.vmap(lambda rcond: solution(A, rcond)))(cuts)
+    primal = jax.jit(jax.vmap(derivative))(cuts)
+    assert (plain[1] == primal[1]).all()
+    np.testing.assert_allclose(plain[0], primal[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (60, 40)], ids=str)
+def test_truncates_as_xgelsy(shape, x64):
+    """Dropped columns that are small, but not nothing: which ones are kept is seen in the solution."""
+    rng = np.random.default_rng(2)
+    A = rng.standard_normal((shape[0], 5)) @ rng.standard_normal((5, shape[1]))
+    A, b = A + 1e-4 * rng.standard_normal(shape), rng.standard_normal(shape[0])
+    x, _, rank, _ = scipy.linalg.lstsq(A, b, cond=1e-2, lapack_driver="gelsy")
+    result = lstsq(A, b, 1e-2)
+    assert result.rank == rank == 5
+    np.testing.assert_allclose(result.solution, x, rtol=1e-9, atol=1e-12)

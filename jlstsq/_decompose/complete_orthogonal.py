@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from .._library import qr, triangle, triangular_solve
-from .._numerics import H, abs2, cond, identity_like, largest, mm, pick
+from .._numerics import H, abs2, cond, identity_like, inverse_permutation, largest, mm, pick
 from .condition_estimate import estimate_rank
 from .kept import Kept
 from .pivoted_qr import pivoted_at_once, pivoted_qr
 
 # Columns up to which pivots one by one are as fast, for one matrix and for a batch alike.
 _FEW = 31
+# Units of rounding, per column, that are nothing.
+_NOTHING = 10.0
 
 
 def solve(r: jax.Array, rcond: jax.Array, c: jax.Array, adjoint: bool) -> tuple[jax.Array, jax.Array]:
@@ -28,7 +30,7 @@ def solve(r: jax.Array, rcond: jax.Array, c: jax.Array, adjoint: bool) -> tuple[
     R_k is the leading part of the pivoted R whose condition estimate stays above the cut.
     """
     rp, d, perm, kept = _pivoted(r, rcond, c[..., :0] if adjoint else c)
-    columns, order = kept[..., None], jnp.argsort(perm, axis=-1)[..., None]
+    columns, order = kept[..., None], inverse_permutation(perm)[..., None]
     both = kept[..., :, None] & kept[..., None, :]
     m = H(jnp.where(columns, rp, 0))
     if adjoint:
@@ -54,7 +56,7 @@ def decompose(r: jax.Array, rcond: jax.Array) -> Kept:
 def decide(r: jax.Array, rcond: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """U and the kept rows of U^H R, the pivots, and the mask of those kept."""
     rp, uh, perm, kept = _pivoted(r, rcond, identity_like(r))
-    order = jnp.argsort(perm, axis=-1)
+    order = inverse_permutation(perm)
     return H(uh), jnp.take_along_axis(rp, order[..., None, :], axis=-1), perm, kept
 
 
@@ -66,33 +68,35 @@ def rebuild(r: jax.Array, perm: jax.Array, kept: jax.Array) -> Kept:
 def _pivoted(r: jax.Array, rcond: jax.Array, c: jax.Array) -> tuple[jax.Array, ...]:
     """Rp, U^H c, the pivots and which of them are kept.
 
-    Pivots taken at once are believed where no column that is dropped has more than rcond smax left:
-    then none could have been kept. Else the pivots behind those that are kept are taken one by one, to
-    where no column has that much left.
+    Pivots taken at once are believed where the columns that are dropped have nothing left: then it is
+    all the same which ones were kept. Else they are taken one by one, as xGEQP3 does, to where no
+    column has more than rcond smax left.
     """
     p = r.shape[-1]
     index = jnp.arange(p)
+    r, c = (jnp.broadcast_to(a, (*rcond.shape, *a.shape[-2:])) for a in (r, c))
 
     def decided(rp, d, perm):
         rank, size = estimate_rank(rp, rcond)
-        kept = index < rank[..., None]
-        dropped = ~(kept[..., :, None] | kept[..., None, :])
-        left = largest(jnp.sqrt(jnp.where(dropped, abs2(rp), 0).sum(-2)))
-        return (rp, d, perm, kept), rank, rcond * size, left <= rcond * size
+        return (rp, d, perm, index < rank[..., None]), size
 
-    r, c = (jnp.broadcast_to(a, (*rcond.shape, *a.shape[-2:])) for a in (r, c))
-    if p <= _FEW:
+    def one_by_one():
         stop = rcond * largest(jnp.sqrt(abs2(r).sum(-2)))
-        return decided(*pivoted_qr(r, c, stop=stop))[0]
-    at_once, rank, stop, believed = decided(*pivoted_at_once(r, c))
+        return decided(*pivoted_qr(r, c, stop))[0]
 
-    def further():
-        rp, d, perm, _ = at_once
-        rp, d, order = pivoted_qr(rp, d, jnp.where(believed, p, rank).min(), stop)
-        perm = jnp.take_along_axis(perm, order, axis=-1)
-        return jax.tree.map(partial(pick, believed), at_once, decided(rp, d, perm)[0])
+    if p <= _FEW:
+        return one_by_one()
+    at_once, size = decided(*pivoted_at_once(r, c))
+    rp, *_, kept = at_once
+    dropped = ~(kept[..., :, None] | kept[..., None, :])
+    left = largest(jnp.sqrt(jnp.where(dropped, abs2(rp), 0).sum(-2)))
+    nothing = jnp.minimum(rcond, _NOTHING * p * float(jnp.finfo(size.dtype).eps))
+    believed = left <= nothing * size
 
-    return cond(believed.all(), lambda: at_once, further, r, rcond, c)
+    def otherwise():
+        return jax.tree.map(partial(pick, believed), at_once, one_by_one())
+
+    return cond(believed.all(), lambda: at_once, otherwise, r, rcond, c)
 
 
 def _factors(u: jax.Array, rp: jax.Array, perm: jax.Array, kept: jax.Array) -> Kept:
@@ -103,7 +107,7 @@ def _factors(u: jax.Array, rp: jax.Array, perm: jax.Array, kept: jax.Array) -> K
     # Zero columns stay zero under Householder reflections, so a QR factorisation of the masked
     # [R11 R12]^H is that of its first `rank` columns.
     w, lh = qr(H(jnp.where(rows, rp, 0)))
-    w = jnp.take_along_axis(w, jnp.argsort(perm, axis=-1)[..., :, None], axis=-2)
+    w = jnp.take_along_axis(w, inverse_permutation(perm)[..., None], axis=-2)
     e = (jnp.arange(p)[:, None] == perm[..., None, :]) & columns
     return Kept(
         e=e.astype(rp.dtype),

@@ -4,8 +4,8 @@ Pivots are taken one by one, the column of largest remaining norm (Businger and 
 1965), in a `lax` loop. As in LAPACK (Quintana-Orti, Sun and Bischof 1998; xLAQPS) the matrix is
 a - v f^H with a left alone, so that a step reads it once and writes none of it. Columns stay where they
 are, and are put in order at the end. Column norms are downdated, and recomputed where Drmac and
-Bujanovic's test (LAPACK Working Note 176, 2006) says that the downdate has lost its digits. The loop may
-begin behind columns that are triangular already, and ends where no column has enough left to matter.
+Bujanovic's test (LAPACK Working Note 176, 2006) says that the downdate has lost its digits. The loop ends
+where no column has enough left to matter.
 
 All at once they come from a random mixture S R of the rows: Gaussian elimination of (S R)^H with partial
 pivoting chooses the column with the largest entry in one random combination of what remains, most often
@@ -14,8 +14,6 @@ pivoting. Its diagonal need not decrease: whoever truncates it has to look at wh
 """
 
 import math
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +21,7 @@ from jax import lax
 
 from .._library import lu, triangle
 from .._norms import random
-from .._numerics import H, abs2, cond, mm, reflector, varying
+from .._numerics import H, abs2, cond, inverse_permutation, mm, reflector, varying
 
 Factors = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -47,71 +45,77 @@ def pivots(a: jax.Array) -> jax.Array:
     return perm.astype(int)
 
 
-def pivoted_qr(a: jax.Array, c: jax.Array, start: Any = 0, stop: jax.Array | None = None) -> Factors:
+def pivoted_qr(a: jax.Array, c: jax.Array, stop: jax.Array | None = None) -> Factors:
     """The same one by one, |diag Rp| not increasing.
 
-    `start` columns of A are triangular and stay where they are. Where no column has a norm above `stop`
-    (*batch) left for any matrix of the batch, what is left is not made triangular, but cut off below the
-    diagonal.
+    Where no column of a matrix has a norm above its `stop` (*batch) left, what is left is not made
+    triangular, but cut off below the diagonal.
     """
     *batch, p, _ = a.shape
     flat_a, flat_c = (x.reshape(math.prod(batch), p, -1) if batch else x for x in (a, c))
     limit = jnp.full(batch, -1.0, jnp.finfo(a.dtype).dtype) if stop is None else stop
-    r, c, perm = _loop(flat_a, flat_c, jnp.asarray(start), limit.reshape(flat_a.shape[:-2]))
+    r, c, perm = _loop(flat_a, flat_c, limit.reshape(flat_a.shape[:-2]))
     return r.reshape(a.shape), c.reshape(*batch, *c.shape[-2:]), perm.reshape(*batch, p)
 
 
-def _loop(a: jax.Array, c: jax.Array, start: jax.Array, stop: jax.Array) -> Factors:
+def _loop(a: jax.Array, c: jax.Array, stop: jax.Array) -> Factors:
+    """One matrix, or a batch: one that is done stays as it is, whatever its neighbours need."""
     p = a.shape[-1]
     index = jnp.arange(p)
     tolerance = jnp.sqrt(jnp.finfo(a.dtype).eps)
     each = jax.vmap if a.ndim == 3 else lambda fun: fun
 
-    def advance(j, a, v, f, out, c, place, norms, exact_norms):
+    def advance(going, j, a, v, f, out, c, place, norms, exact_norms):
         """One step for one matrix; the column norms that have lost their digits as well."""
         pivot = jnp.argmax(norms)
         x = a[:, pivot] - mm(v, f[pivot].conj())
         vj, tau, beta = reflector(x, j)
-        out = out.at[:, pivot].set(jnp.where(index > j, 0, jnp.where(index == j, beta, x)))
+        vj, tau = jnp.where(going, vj, 0), jnp.where(going, tau, 0)
+        column = jnp.where(index > j, 0, jnp.where(index == j, beta, x))
+        out = out.at[:, pivot].set(jnp.where(going, column, out[:, pivot]))
         row = mm(vj.conj(), a) - mm(mm(vj.conj(), v), H(f))
         v = v.at[:, j].set(vj)
         f = f.at[:, j].set((jnp.conj(tau) * row).conj())
         c = c - (jnp.conj(tau) * vj)[:, None] * mm(vj.conj(), c)
-        place = place.at[pivot].set(j)
+        place = place.at[pivot].set(jnp.where(going, j, place[pivot]))
 
         # Columns that have been pivots have the norm -1.
-        norms = norms.at[pivot].set(-1)
+        norms = norms.at[pivot].set(jnp.where(going, -1, norms[pivot]))
         top = a[j] - mm(v[j], H(f))
         ratio = abs(top) / jnp.where(norms > 0, norms, 1)
         rest = jnp.maximum(0, 1 - ratio**2)
         lost = rest * (norms / jnp.where(exact_norms > 0, exact_norms, 1)) ** 2 <= tolerance
-        left = norms >= 0
+        left = going & (norms >= 0)
         norms = jnp.where(left, norms * jnp.sqrt(rest), norms)
         return v, f, out, c, place, norms, left & lost
 
+    def unfinished(j, norms):
+        return (j < p) & (norms > stop[..., None]).any(-1)
+
     def going(state):
         j, *_, norms, _ = state
-        return (j < p) & (norms > stop[..., None]).any()
+        return unfinished(j, norms).any()
 
     def step(state):
         j, v, f, out, c, place, norms, exact_norms = state
-        v, f, out, c, place, norms, lost = each(partial(advance, j))(
-            a, v, f, out, c, place, norms, exact_norms
-        )
+        now = unfinished(j, norms)
+        v, f, out, c, place, norms, lost = each(advance)(now, j, a, v, f, out, c, place, norms, exact_norms)
 
         def recomputed():
-            fresh = jnp.sqrt(jnp.where((index > j)[:, None], abs2(a - mm(v, H(f))), 0).sum(-2))
+            below = index > j[..., None]
+            fresh = jnp.sqrt(jnp.where(below[..., None], abs2(a - mm(v, H(f))), 0).sum(-2))
             return jnp.where(lost, fresh, norms), jnp.where(lost, fresh, exact_norms)
 
         norms, exact_norms = cond(lost.any(), recomputed, lambda: (norms, exact_norms), a, norms)
-        return j + 1, v, f, out, c, place, norms, exact_norms
+        return j + now, v, f, out, c, place, norms, exact_norms
 
-    below = (index >= start)[:, None]
-    norms = jnp.where(index >= start, jnp.sqrt(jnp.where(below, abs2(a), 0).sum(-2)), -1)
+    norms = jnp.sqrt(abs2(a).sum(-2))
     empty = jnp.zeros_like(a)
-    place = jnp.broadcast_to(jnp.where(index < start, index, p + index), norms.shape)
-    state = (start, empty, empty, a, c, place, norms, norms)
+    place = jnp.broadcast_to(p + index, norms.shape)
+    state = (jnp.zeros(norms.shape[:-1], int), empty, empty, a, c, place, norms, norms)
     _, v, f, out, c, place, *_ = lax.while_loop(going, step, varying(state, a, c, stop))
     out = jnp.where(place[..., None, :] < p, out, a - mm(v, H(f)))
-    perm = jnp.argsort(place, axis=-1)
+    # Columns that were never pivots follow, in their order.
+    behind = p - lax.cumsum((place >= p).astype(place.dtype), axis=place.ndim - 1, reverse=True)
+    perm = inverse_permutation(jnp.where(place < p, place, behind))
     return jnp.triu(jnp.take_along_axis(out, perm[..., None, :], axis=-1)), c, perm

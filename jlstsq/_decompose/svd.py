@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _library as library
-from .._numerics import H, abs2, identity_like, mm
+from .._numerics import H, abs2, identity_like, largest, mm, power_of_two
 from .kept import Kept
 
 
@@ -42,16 +42,26 @@ def decompose(r: jax.Array, rcond: jax.Array, driver: str) -> Kept:
 
 
 def decide(r: jax.Array, rcond: jax.Array, driver: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U and U^H R = diag(s) V^H, and the mask of the values kept."""
-    u, s, v = factors(r, driver)
-    return u, s[..., :, None].astype(v.dtype) * H(v), _kept(s, rcond)
+    """U and diag(s) V^H = U^H R, and the mask of the values kept.
+
+    U and s from R V = U diag(s), a QR factorisation: more accurate than the SVD's own where columns of
+    very different size are kept.
+    """
+    _, s, v = factors(r, driver)
+    u, rv = library.qr(mm(r, v))
+    signed = jnp.diagonal(rv, axis1=-2, axis2=-1)
+    size = abs(signed)
+    sign = jnp.where(size > 0, signed / jnp.where(size > 0, size, 1).astype(rv.dtype), 1)
+    return u * sign[..., None, :], size[..., :, None].astype(v.dtype) * H(v), _kept(s, rcond)
 
 
 def rebuild(r: jax.Array, kept: jax.Array) -> Kept:
     """`decompose` of U^H R = diag(s) V^H."""
-    s = jnp.sqrt(abs2(r).sum(-1))
-    v = H(r / jnp.where(s > 0, s, 1)[..., :, None].astype(r.dtype))
-    return _factors(identity_like(r), s, v, kept)
+    up, down = power_of_two(largest(abs(r)))
+    unit = r * down[..., None].astype(r.dtype)
+    s = jnp.sqrt(abs2(unit).sum(-1))
+    v = H(unit / jnp.where(s > 0, s, 1)[..., None].astype(r.dtype))
+    return _factors(identity_like(r), s * up, v, kept)
 
 
 def _kept(s: jax.Array, rcond: jax.Array) -> jax.Array:

@@ -26,7 +26,18 @@ from jax import lax
 from .._decompose.pivoted_qr import pivots
 from .._library import cholesky, inverse, qr, triangle, triangular_solve
 from .._norms import norm2_bound
-from .._numerics import H, abs2, hashed, identity_like, largest, mm, scaled, varying, where_matrix
+from .._numerics import (
+    H,
+    abs2,
+    hashed,
+    identity_like,
+    inverse_permutation,
+    largest,
+    mm,
+    scaled,
+    varying,
+    where_matrix,
+)
 from .cholesky import product
 
 _ROWS = 4  # of the sketch, per column of T
@@ -99,7 +110,7 @@ def precondition(
     r1 = jnp.where(nothing[:, None], jnp.diag(jnp.where(norms > 0, norms, 1)).astype(r1.dtype), r1)
     r1_inverse = inverse(r1)
     growth = largest(mm(abs(r1_inverse), abs(r1)).sum(-1))
-    order = jnp.argsort(perm)
+    order = inverse_permutation(perm)
     z = mm(t, scaled(r1_inverse[order], down))
     gram = product(z)
     dependent = (~nothing | (jnp.diagonal(gram).real <= (_LEFT * rounding) ** 2)).all()
