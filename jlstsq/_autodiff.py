@@ -71,9 +71,9 @@ def _tied(tree: Any) -> Any:
 def linear_solve(matvec: Callable, b: Any, solve: Callable, transpose_solve: Callable) -> Any:
     """`lax.custom_linear_solve` of a tree, of which only some leaves may move: there it fails (jax 0.10.2).
 
-    So all are made to depend on each other, in b, and in the equation and its adjoint.
+    So all are made to depend on each other: in b, in the solution, in the equation and its adjoint.
     """
-    return lax.custom_linear_solve(lambda z: _tied(matvec(_tied(z))), _tied(b), solve, transpose_solve)
+    return _tied(lax.custom_linear_solve(lambda z: _tied(matvec(_tied(z))), _tied(b), solve, transpose_solve))
 
 
 def choose(flags: jax.Array, common: Callable, rare: Callable, *operands: Any) -> Any:

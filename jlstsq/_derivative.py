@@ -682,6 +682,8 @@ def singular_values(factors: Factors, c: jax.Array, s: jax.Array, v: jax.Array) 
             u = where_matrix(factors.gram.accepted, mm(factors.t, c), u)
         return values(factors, c, s, v, u)
 
+    # Under a vmap over right-hand sides alone the values have no batch, and nor may their derivative.
+    factors = factors._replace(solved=None)
     if factors.gram is None:
         return by_factors(factors, c, s, v)
     return choose(~factors.gram.accepted, by_products, by_factors, factors, c, s, v)

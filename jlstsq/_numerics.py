@@ -105,7 +105,7 @@ def transposed(q: jax.Array, r: jax.Array) -> jax.Array:
 
 def inverse_permutation(perm: jax.Array) -> jax.Array:
     """The inverse of permutations (*batch, p) of few numbers: comparing all is faster than to sort."""
-    index = jnp.arange(perm.shape[-1])
+    index = jnp.arange(perm.shape[-1], dtype=perm.dtype)
     return jnp.where(perm[..., None, :] == index[:, None], index, 0).sum(-1)
 
 
@@ -190,7 +190,6 @@ def native_batch(
     matrices: int,
     columns_out: tuple[bool, ...],
     thresholds: int = 0,
-    thresholds_out: tuple[bool, ...] = (),
 ) -> Callable:
     """Let a user's vmap land on the batch dimensions that `fun` already has.
 
@@ -201,8 +200,9 @@ def native_batch(
     then sees one scalar predicate and stays a branch, where plain vmap would run both sides.
 
     Between the two may stand `thresholds` arguments, for which `fun` broadcasts: where vmap batches
-    only these, the others get a leading dimension of 1, which is all that outputs not marked in
-    `thresholds_out` have.
+    only these, the others get a leading dimension of 1. All outputs have a batch then, whether they
+    depend on the thresholds or not: a value must have one exactly where its derivative's rule has
+    (JAX 0.10.2 gives wrong derivatives otherwise).
 
     Only for use inside the primal of a custom_jvp: custom_vmap has no reverse mode.
     """
@@ -215,7 +215,8 @@ def native_batch(
         if by_threshold and not any(in_batched[:matrices]) and not any(in_batched[first_rhs:]):
             args = [a if moved else a[None] for a, moved in zip(args, in_batched, strict=True)]
             out = batched(*args)
-            return tuple(o if t else o[0] for o, t in zip(out, thresholds_out, strict=True)), thresholds_out
+            same = ((o, (size, *o.shape[1:])) for o in out)
+            return tuple(jnp.broadcast_to(o, shape) for o, shape in same), (True,) * len(out)
         if any(in_batched[:first_rhs]):
             args = [
                 a if moved else jnp.broadcast_to(a, (size, *a.shape))

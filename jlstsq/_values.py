@@ -99,5 +99,4 @@ def values(driver: str, wide: bool):
         matrices=1,
         thresholds=1,
         columns_out=(True, True, False, False),
-        thresholds_out=(True, True, True, False),
     )

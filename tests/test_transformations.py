@@ -226,3 +226,46 @@ for shape in ((4, 6, 3), (4, 40, 12)):
 def test_shard_map():
     """A batch over two devices, with its checks of varying axes; devices are counted at start."""
     subprocess.run([sys.executable, "-c", SHARDED], check=True, timeout=900)
+
+
+@pytest.mark.parametrize("shape", [(22, 4), (9, 7)], ids=str)
+def test_derivatives_through_vmap_of_one_argument(shape, x64):
+    """Outputs that do not depend on what is batched: a rule's batch must be the value's."""
+    rng = np.random.default_rng(4)
+    A, B, cuts = rng.standard_normal(shape), rng.standard_normal((5, shape[0])), np.array([1e-3, 1e-2, 1e-9])
+
+    def outputs(A, b, rcond):
+        result = lstsq(A, b, rcond, driver="gelsd")
+        return result.solution, result.residuals, result.singular_values
+
+    def loss(A, b, rcond):
+        return sum((x**3).sum() for x in outputs(A, b, rcond))
+
+    @jax.jit
+    def batched(A):
+        by_b = jax.grad(lambda A: jax.vmap(lambda b: loss(A, b, 1e-2))(B).sum())(A)
+        by_cut = jax.grad(lambda A: jax.vmap(lambda cut: loss(A, B[0], cut))(cuts).sum())(A)
+        forward_b = jax.jvp(lambda A: jax.vmap(lambda b: outputs(A, b, 1e-2))(B), (A,), (A,))[1]
+        forward_cut = jax.jvp(lambda A: jax.vmap(lambda cut: outputs(A, B[0], cut))(cuts), (A,), (A,))[1]
+        return by_b, by_cut, forward_b, forward_cut
+
+    @jax.jit
+    def alone(A, b, cut):
+        return jax.grad(loss)(A, b, cut), jax.jvp(lambda A: outputs(A, b, cut), (A,), (A,))[1]
+
+    each_b = [alone(A, b, 1e-2) for b in B]
+    each_cut = [alone(A, B[0], cut) for cut in cuts]
+    gradients = [sum(gradient for gradient, _ in each) for each in (each_b, each_cut)]
+    forwards = [jax.tree.map(lambda *x: np.stack(x), *(f for _, f in each)) for each in (each_b, each_cut)]
+    for x, y in zip(jax.tree.leaves(batched(A)), jax.tree.leaves((*gradients, *forwards)), strict=True):
+        assert x.shape == y.shape
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("shape", [(22, 4), (80, 40)], ids=str)
+def test_vmap_over_nothing(driver, shape):
+    A, b = np.ones((0, *shape)), np.ones((0, shape[0]))
+    assert jax.vmap(lambda A, b: lstsq(A, b, driver=driver))(A, b).solution.shape == (0, shape[1])
+    gradient = jax.grad(lambda A: jax.vmap(lambda A, b: lstsq(A, b, driver=driver).solution)(A, b).sum())
+    assert gradient(A).shape == A.shape

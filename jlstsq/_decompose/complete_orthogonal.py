@@ -108,7 +108,7 @@ def _factors(u: jax.Array, rp: jax.Array, perm: jax.Array, kept: jax.Array) -> K
     # [R11 R12]^H is that of its first `rank` columns.
     w, lh = qr(H(jnp.where(rows, rp, 0)))
     w = jnp.take_along_axis(w, inverse_permutation(perm)[..., None], axis=-2)
-    e = (jnp.arange(p)[:, None] == perm[..., None, :]) & columns
+    e = (jnp.arange(p, dtype=perm.dtype)[:, None] == perm[..., None, :]) & columns
     return Kept(
         e=e.astype(rp.dtype),
         r=jnp.where(rows & columns, rp, eye),

@@ -52,7 +52,7 @@ def pivoted_qr(a: jax.Array, c: jax.Array, stop: jax.Array | None = None) -> Fac
     triangular, but cut off below the diagonal.
     """
     *batch, p, _ = a.shape
-    flat_a, flat_c = (x.reshape(math.prod(batch), p, -1) if batch else x for x in (a, c))
+    flat_a, flat_c = (x.reshape(math.prod(batch), p, x.shape[-1]) if batch else x for x in (a, c))
     limit = jnp.full(batch, -1.0, jnp.finfo(a.dtype).dtype) if stop is None else stop
     r, c, perm = _loop(flat_a, flat_c, limit.reshape(flat_a.shape[:-2]))
     return r.reshape(a.shape), c.reshape(*batch, *c.shape[-2:]), perm.reshape(*batch, p)
@@ -107,7 +107,7 @@ def _loop(a: jax.Array, c: jax.Array, stop: jax.Array) -> Factors:
             return jnp.where(lost, fresh, norms), jnp.where(lost, fresh, exact_norms)
 
         norms, exact_norms = cond(lost.any(), recomputed, lambda: (norms, exact_norms), a, norms)
-        return j + now, v, f, out, c, place, norms, exact_norms
+        return j + now.astype(j.dtype), v, f, out, c, place, norms, exact_norms
 
     norms = jnp.sqrt(abs2(a).sum(-2))
     empty = jnp.zeros_like(a)
