@@ -9,20 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._blocks import in_blocks
-from ._numerics import any_of, varying
-
-
-def _moving(fun: Callable, primals: Any, tangents: Any) -> tuple[Callable, list, list]:
-    """`fun` of the leaves that have a tangent, those leaves, and their tangents.
-
-    A derivative in a constant then costs nothing.
-    """
-    where, moves = _moves(primals, tangents)
-    return *_of_moving(fun, primals, where), moves
+from ._numerics import any_of, cond, varying
 
 
 def _moves(primals: Any, tangents: Any) -> tuple[list[int], list]:
-    """Which leaves have a tangent, and their tangents."""
+    """Which leaves have a tangent, and their tangents: a derivative in a constant then costs nothing."""
     tangents = jax.tree.structure(primals).flatten_up_to(tangents)
     still = jax.custom_derivatives.SymbolicZero
     where = [i for i, t in enumerate(tangents) if not isinstance(t, still)]
@@ -49,7 +40,8 @@ def differentiated_as(differentiable: Callable) -> Callable:
         fun = jax.custom_jvp(values)
 
         def rule(primals, tangents):
-            return jax.jvp(*_moving(differentiable, primals, tangents))
+            where, moves = _moves(primals, tangents)
+            return jax.jvp(*_of_moving(differentiable, primals, where), moves)
 
         fun.defjvp(rule, symbolic_zeros=True)
         return fun
@@ -97,9 +89,9 @@ def choose(flags: jax.Array, common: Callable, rare: Callable, *operands: Any) -
 
 
 def _branch(flags: jax.Array, functions: Sequence[Callable], data: Any) -> Any:
-    """One function of the data for all, by one branch."""
-    index = any_of(flags).astype(int)
-    return lax.switch(index, [lambda f=f: varying(f(*data), data) for f in functions])
+    """The common or the rare function of the data, one for the whole batch."""
+    common, rare = functions
+    return cond(any_of(flags), lambda: rare(*data), lambda: common(*data), data)
 
 
 def _branch_in_blocks(flags: jax.Array, functions: Sequence[Callable], data: Any) -> Any:

@@ -15,6 +15,11 @@ from ._numerics import varying
 _FEWEST, _ENTRIES = 8, 1 << 14
 
 
+def of_matrices(fun: Callable[..., tuple]) -> Callable[..., tuple]:
+    """`fun`, whose first argument is T (*batch, m, p), in blocks of that batch."""
+    return lambda t, *args: in_blocks(fun, t.shape[:-2], t, *args)
+
+
 def in_blocks(fun: Callable[..., tuple], batch: tuple, *args: jax.Array) -> tuple:
     """`fun` of arrays with the leading dimensions `batch`, as its results have.
 

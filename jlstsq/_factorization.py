@@ -31,6 +31,7 @@ from ._numerics import (
     any_of,
     flat,
     identity_like,
+    inverse_permutation,
     largest_entry,
     mm,
     power_of_two,
@@ -228,7 +229,7 @@ class Factorization:
         """The rows of x, which belong to A's rows or columns (of "m" or "n"), in the factors' order."""
         if self.order is None or (of == "m") != self._wide:
             return x
-        order = jnp.argsort(self.order, axis=-1) if undo else self.order
+        order = inverse_permutation(self.order) if undo else self.order
         return jnp.take_along_axis(x, order[..., None], axis=-2)
 
     def _scaled_weights(self) -> jax.Array | None:

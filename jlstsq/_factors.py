@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._blocks import in_blocks
+from ._blocks import of_matrices
 from ._decompose import Cut, certificate, cut, svd, uncut
 from ._derivative import Factors, FullRank
 from ._numerics import (
@@ -119,7 +119,7 @@ def factorise(driver: str, adjoint: bool) -> Callable[..., Factored]:
             return tuple(jax.tree.leaves(out._replace(gram=slim)))
 
         columns_out = (False,) * (structure.num_leaves - 2) + (True, True)
-        batched = native_batch(lambda t, *args: in_blocks(leaves, t.shape[:-2], t, *args), 2, columns_out)
+        batched = native_batch(of_matrices(leaves), 2, columns_out)
         out = jax.tree.unflatten(structure, batched(t, rcond, b))
         return out._replace(gram=out.gram and out.gram._replace(inverse=out.r))
 
@@ -144,10 +144,7 @@ def triplets(driver: str) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array
         inverse = jnp.where(by_gram[..., None], 1 / jnp.where(s > 0, s, 1), 0)
         return where_matrix(accepted[0], v * inverse[..., None, :].astype(v.dtype), u), s, v
 
-    def blocks(t, *args):
-        return in_blocks(decompose, t.shape[:-2], t, *args)
-
-    batched = native_batch(blocks, 4, (False,) * 3)
+    batched = native_batch(of_matrices(decompose), 4, (False,) * 3)
 
     def call(t, factored):
         accepted = () if factored.gram is None else (factored.gram.accepted,)

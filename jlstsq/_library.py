@@ -43,13 +43,11 @@ def _in_thread(fun: Callable, count: float, *args: jax.Array) -> Any:
     return lax.map(lambda a: fun(*a), args, batch_size=block)
 
 
-def _batched(
-    fun: Callable, count: float, columns_out: tuple[bool, ...], matrices: int = 1, gpu: Any = None
-) -> Callable:
+def _batched(fun: Callable, count: float, columns_out: tuple[bool, ...], gpu: Any = None) -> Callable:
     """`fun`, a function of matrices to a tuple, for leading batch dimensions and a user's vmap.
 
-    `count` is that of `_in_thread`; `gpu` replaces `fun` on CUDA and ROCm. `matrices` and
-    `columns_out` are those of `native_batch`.
+    `count` is that of `_in_thread`, `columns_out` that of `native_batch`. `gpu` replaces `fun` on CUDA and
+    ROCm.
     """
     gpus = {"cuda": gpu, "rocm": gpu} if gpu else {}
 
@@ -61,7 +59,7 @@ def _batched(
         out = lax.platform_dependent(*flat, cpu=partial(_in_thread, fun, count), default=fun, **gpus)
         return tuple(x.reshape(*batch, *x.shape[1:]) for x in out)
 
-    return native_batch(call, matrices, columns_out)
+    return native_batch(call, 1, columns_out)
 
 
 def _substitute(r: jax.Array, b: jax.Array, lower: bool = False, adjoint: bool = False) -> jax.Array:
@@ -136,9 +134,6 @@ _qr = _batched(lambda a: tuple(jnp.linalg.qr(a, mode="reduced")), 4, (False, Fal
 _cholesky = _batched(lambda a: (lax.linalg.cholesky(a, symmetrize_input=False),), 0.34, (False,))
 _lu = _batched(lambda a: tuple(lax.linalg.lu(a)[::2]), 0.67, (False, False))
 _eigh = _batched(lambda a: tuple(jnp.linalg.eigh(a, symmetrize_input=False)), 40, (False, False))
-_householder_product = _batched(
-    lambda a, taus: (lax.linalg.householder_product(a, taus[..., 0, :]),), 4, (False,), matrices=2
-)
 
 
 def triangle(a: jax.Array) -> jax.Array:
@@ -169,12 +164,6 @@ def eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues and eigenvectors of a Hermitian matrix."""
     s, v = _eigh(a)
     return s, v
-
-
-def householder_product(a: jax.Array, taus: jax.Array) -> jax.Array:
-    """Q from Householder vectors below the diagonal of A (*batch, m, n) and taus (*batch, n)."""
-    (q,) = _householder_product(a, taus[..., None, :])
-    return q
 
 
 @cache

@@ -13,9 +13,8 @@ from ._autodiff import differentiated_as
 from ._factorization import factorize
 from ._factors import factorise, triplets
 from ._numerics import H, abs2, varying
-from ._numerics import scaled as t_scaled
 from ._result import LstsqResult
-from ._scaling import Scaled, good, scale_columns, unscale
+from ._scaling import Scales, good, scale_columns, unscale
 from ._values import values
 
 
@@ -128,14 +127,13 @@ def _differentiable(driver: str, wide: bool, t: jax.Array, b: jax.Array, rcond: 
     factored = lax.stop_gradient(factorise(driver, wide)(lax.stop_gradient(t), rcond, lax.stop_gradient(b)))
     factors = factored.factors(t)
     x, rho = derivative.solve(driver, factors, b, adjoint=wide)
-    t_size = factored.up, factored.down
-    scaled = Scaled(t_scaled(t, factored.down), b, t_size, b_size, factored.finite, b_finite)
+    scales = Scales((factored.up, factored.down), b_size, factored.finite, b_finite)
     s = jnp.zeros(factored.r.shape[:-1], factored.up.dtype)
     if driver in ("gelsd", "gelss"):
         vectors = lax.stop_gradient(triplets(driver)(lax.stop_gradient(t), factored))
         s = derivative.singular_values(factors, *vectors)
-    solved = good(driver, scaled, rcond, factored.cut.usable)
-    return unscale(scaled, x, rho, factored.cut.rank, s, solved)
+    solved = good(driver, scales, rcond, factored.cut.usable)
+    return unscale(scales, x, rho, factored.cut.rank, s, solved)
 
 
 def _solve_empty(wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):

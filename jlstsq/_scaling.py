@@ -5,26 +5,27 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._numerics import largest_entry, power_of_two, scale_by
+from ._numerics import largest_entry, power_of_two, scale_by, scaled
 
 
-class Scaled(NamedTuple):
-    """T and b with entries of order one, and the powers of two that undo it."""
+class Scales(NamedTuple):
+    """The powers of two that undo a scaling of T and b, and where they are finite."""
 
-    t: jax.Array  # (*batch, m, p)
-    b: jax.Array  # (*batch, rows, k); columns that held NaN or Inf are zero
     t_size: tuple[jax.Array, jax.Array]  # (*batch) the scale and its inverse
     b_size: tuple[jax.Array, jax.Array]  # (*batch, k)
     t_finite: jax.Array  # (*batch) bool
     b_finite: jax.Array  # (*batch, k) bool
 
 
-def scale(t: jax.Array, b: jax.Array) -> Scaled:
-    """Scale T per matrix and b per column, exactly, as LAPACK's drivers do near overflow and underflow."""
+def scale(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, Scales]:
+    """T per matrix and b per column with entries of order one, exactly; columns with NaN or Inf are zero.
+
+    As LAPACK's drivers do near overflow and underflow.
+    """
     t_largest, t_finite = largest_entry(t, (-2, -1))
     t_size = power_of_two(t_largest)
     b, b_size, b_finite = scale_columns(b)
-    return Scaled(t * t_size[1][..., None, None].astype(t.dtype), b, t_size, b_size, t_finite, b_finite)
+    return scaled(t, t_size[1]), b, Scales(t_size, b_size, t_finite, b_finite)
 
 
 def scale_columns(b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
@@ -34,20 +35,20 @@ def scale_columns(b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array],
     return jnp.where(finite[..., None, :], b, 0) * size[1][..., None, :].astype(b.dtype), size, finite
 
 
-def unscale(scaled: Scaled, x, rho, rank, s, good):
+def unscale(scales: Scales, x, rho, rank, s, good):
     """Undo the scaling; NaN where the data, the threshold or gels' rank test say so.
 
     Multiplying by NaN, where a select would do for the value, makes the gradient NaN as well.
     """
-    nan = jnp.where(good[..., None] & scaled.b_finite, 1, jnp.nan).astype(scaled.t_size[0].dtype)
-    up, down = jnp.broadcast_arrays(scaled.b_size[0], scaled.t_size[1][..., None])
+    nan = jnp.where(good[..., None] & scales.b_finite, 1, jnp.nan).astype(scales.t_size[0].dtype)
+    up, down = jnp.broadcast_arrays(scales.b_size[0], scales.t_size[1][..., None])
     x = scale_by(x, up[..., None, :], down[..., None, :]) * nan[..., None, :].astype(x.dtype)
     if rho is not None:
         rho = rho * up * up * nan
-    nan = jnp.where(scaled.t_finite, 1, jnp.nan).astype(s.dtype)
-    s = s * (scaled.t_size[0] * nan)[..., None]
-    return x, rho, jnp.where(scaled.t_finite, rank, 0), s
+    nan = jnp.where(scales.t_finite, 1, jnp.nan).astype(s.dtype)
+    s = s * (scales.t_size[0] * nan)[..., None]
+    return x, rho, jnp.where(scales.t_finite, rank, 0), s
 
 
-def good(driver: str, scaled: Scaled, rcond: jax.Array, usable: jax.Array) -> jax.Array:
-    return scaled.t_finite & (usable if driver == "gels" else ~jnp.isnan(rcond))
+def good(driver: str, scales: Scales, rcond: jax.Array, usable: jax.Array) -> jax.Array:
+    return scales.t_finite & (usable if driver == "gels" else ~jnp.isnan(rcond))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _fast as fast
-from ._blocks import in_blocks
+from ._blocks import of_matrices
 from ._decompose import solve_decided
 from ._numerics import abs2, cond, mm, native_batch, where_matrix
 from ._reduce import lanes, project, triangle
@@ -22,21 +22,21 @@ Answer = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 def _careful(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Array) -> Answer:
     """Scale, reduce, decompose, apply. rcond may have more leading dimensions than T and b."""
-    scaled = scale(t, b)
-    b, down = scaled.b, scaled.t_size[1]
+    t_scaled, b, scales = scale(t, b)
+    down = scales.t_size[1]
     cut = None if driver == "gels" else rcond
     if wide:
         r, c = triangle(t, down, cut), b
-        tail = jnp.zeros((*b.shape[:-2], b.shape[-1]), scaled.b_size[0].dtype)
+        tail = jnp.zeros((*b.shape[:-2], b.shape[-1]), scales.b_size[0].dtype)
     else:
         r, c, tail = project(t, b, down, cut)
-    y, rank, usable, s = solve_decided(driver, wide, r, rcond, scaled.t_finite, c)
+    y, rank, usable, s = solve_decided(driver, wide, r, rcond, scales.t_finite, c)
     if wide:
         # T y with R backward stable is as accurate as using Q (Paige 1973).
-        x, rho = mm(scaled.t, y), jnp.broadcast_to(tail, (*rcond.shape, tail.shape[-1]))
+        x, rho = mm(t_scaled, y), jnp.broadcast_to(tail, (*rcond.shape, tail.shape[-1]))
     else:
         x, rho = y, tail + abs2(c - mm(r, y)).sum(-2)
-    return unscale(scaled, x, rho, rank, s, good(driver, scaled, rcond, usable))
+    return unscale(scales, x, rho, rank, s, good(driver, scales, rcond, usable))
 
 
 def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Array) -> Answer:
@@ -85,7 +85,7 @@ def _in_blocks(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.A
     # Lanes have blocks of their own, and thresholds alone may have a longer batch.
     if lanes.worthwhile(t.shape) or rcond.shape != t.shape[:-2]:
         return solve(t, rcond, b)
-    return in_blocks(solve, rcond.shape, t, rcond, b)
+    return of_matrices(solve)(t, rcond, b)
 
 
 @cache

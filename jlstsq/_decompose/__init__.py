@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _library as library
-from .._blocks import in_blocks
+from .._blocks import of_matrices
 from .._library import triangular_solve
 from .._numerics import cond, identity_like, mm, native_batch, pick, transposed, where_matrix
 from . import certificate, complete_orthogonal, svd
@@ -179,7 +179,7 @@ def decider(driver: str):
 
         return *cond(full.all(), lambda: whole, truncated, r, rcond), full, usable
 
-    batched = native_batch(lambda r, *args: in_blocks(decide, r.shape[:-2], r, *args), 3, (False,) * 8)
+    batched = native_batch(of_matrices(decide), 3, (False,) * 8)
 
     def call(r, rcond, ok):
         *kept, full, usable = batched(r, rcond, ok)

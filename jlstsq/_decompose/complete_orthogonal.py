@@ -74,7 +74,6 @@ def _pivoted(r: jax.Array, rcond: jax.Array, c: jax.Array) -> tuple[jax.Array, .
     """
     p = r.shape[-1]
     index = jnp.arange(p)
-    r, c = (jnp.broadcast_to(a, (*rcond.shape, *a.shape[-2:])) for a in (r, c))
 
     def decided(rp, d, perm):
         rank, size = estimate_rank(rp, rcond)
