@@ -4,6 +4,11 @@ On CPU jaxlib (0.10.0 to 0.11.0) splits a batched LAPACK call among the threads 
 runs the call, and waits for them: as many such calls at once as there are threads wait for each other
 for ever. On two cores one program with two independent batched calls is enough. A call with little
 work stays in its own thread, so there a batch is a loop over blocks of that size.
+
+On CUDA (seen with cuSOLVER and cuBLAS 13, jaxlib 0.11.2) two defaults are not good enough. The SVD of one
+matrix by Jacobi rotations is wrong by p eps (500 eps in float32 at p = 500), that by polar decomposition
+by 1e-1 where the matrix is singular; QR iteration is right to a few eps, at about the same time. And the
+QR factorisation of a batch squares what is left of columns without rescaling: see `_one_by_one`.
 """
 
 import math
@@ -15,12 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._numerics import H, identity_like, mm, native_batch
+from ._numerics import H, cond, identity_like, mm, native_batch, where_matrix
 
 # jaxlib splits from 200 000 operations on, by a count of its own.
 _SPLIT = 200_000
 # Triangles of a batch this small are solved by code of our own.
 _TINY = 4
+# Columns up to which CUDA has an SVD of batches: by Jacobi, as accurate as p eps. QR iteration is a loop there.
+_BATCHED_SVD = 32
 # Triangles are inverted in blocks of at most this size: of one matrix, and of a batch.
 _LEAF = 128
 _BATCHED_LEAF = 8
@@ -43,18 +50,41 @@ def _in_thread(fun: Callable, count: float, *args: jax.Array) -> Any:
     return lax.map(lambda a: fun(*a), args, batch_size=block)
 
 
-def _batched(fun: Callable, count: float, columns_out: tuple[bool, ...], gpu: Any = None) -> Callable:
+def _one_by_one(fun: Callable) -> Callable:
+    """`fun` of a batch of complex matrices on CUDA, and of single ones where that made NaN of numbers.
+
+    cuBLAS divides by the norm of a column of which nothing but rounding errors of rounding errors is left,
+    as of repeated ones, and this underflows. Real columns only lose orthogonality, of those alone.
+    """
+
+    def call(*args):
+        out = fun(*args)
+        if args[0].ndim == 2 or not jnp.iscomplexobj(args[0]):
+            return out
+        numbers, made = (
+            jnp.stack([jnp.isfinite(a).all((-2, -1)) for a in arrays]).all(0) for arrays in (args, out)
+        )
+        lost = numbers & ~made
+
+        def again():
+            alone = lax.map(lambda a: fun(*a), args)
+            return tuple(where_matrix(lost, a, o) for a, o in zip(alone, out, strict=True))
+
+        return cond(lost.any(), again, lambda: out, *args)
+
+    return call
+
+
+def _batched(fun: Callable, count: float, columns_out: tuple[bool, ...], **gpus: Callable) -> Callable:
     """`fun`, a function of matrices to a tuple, for leading batch dimensions and a user's vmap.
 
-    `count` is that of `_in_thread`, `columns_out` that of `native_batch`. `gpu` replaces `fun` on CUDA and
-    ROCm.
+    `count` is that of `_in_thread`, `columns_out` that of `native_batch`. `cuda` and `rocm` replace `fun`.
     """
-    gpus = {"cuda": gpu, "rocm": gpu} if gpu else {}
 
     def call(*args):
         batch = args[0].shape[:-2]
         if not batch:
-            return lax.platform_dependent(*args, default=fun, **gpus) if gpu else fun(*args)
+            return lax.platform_dependent(*args, default=fun, **gpus) if gpus else fun(*args)
         flat = [a.reshape(math.prod(batch), *a.shape[len(batch) :]) for a in args]
         out = lax.platform_dependent(*flat, cpu=partial(_in_thread, fun, count), default=fun, **gpus)
         return tuple(x.reshape(*batch, *x.shape[1:]) for x in out)
@@ -129,8 +159,16 @@ def inverse(r: jax.Array) -> jax.Array:
     return x[..., 0, :p, :p]
 
 
-_triangle = _batched(lambda a: (jnp.linalg.qr(a, mode="r"),), 2, (False,))
-_qr = _batched(lambda a: tuple(jnp.linalg.qr(a, mode="reduced")), 4, (False, False))
+def _qr_of(mode: str) -> Callable:
+    def decompose(a):
+        out = jnp.linalg.qr(a, mode=mode)
+        return (out,) if mode == "r" else tuple(out)
+
+    return decompose
+
+
+_triangle = _batched(_qr_of("r"), 2, (False,), cuda=_one_by_one(_qr_of("r")))
+_qr = _batched(_qr_of("reduced"), 4, (False, False), cuda=_one_by_one(_qr_of("reduced")))
 _cholesky = _batched(lambda a: (lax.linalg.cholesky(a, symmetrize_input=False),), 0.34, (False,))
 _lu = _batched(lambda a: tuple(lax.linalg.lu(a)[::2]), 0.67, (False, False))
 _eigh = _batched(lambda a: tuple(jnp.linalg.eigh(a, symmetrize_input=False)), 40, (False, False))
@@ -172,12 +210,15 @@ def _svd(vectors: bool, qr_iteration: bool) -> Callable:
         out = lax.linalg.svd(a, full_matrices=False, compute_uv=vectors, algorithm=algorithm)
         return tuple(out) if isinstance(out, (tuple, list)) else (out,)
 
-    gpu = partial(decompose, algorithm=lax.linalg.SvdAlgorithm.QR) if qr_iteration else None
-    return _batched(decompose, 10, (False,) * (3 if vectors else 1), gpu=gpu)
+    def on_gpu(a):
+        by_qr = qr_iteration or a.ndim == 2 or a.shape[-1] > _BATCHED_SVD
+        return decompose(a, lax.linalg.SvdAlgorithm.QR if by_qr else None)
+
+    return _batched(decompose, 10, (False,) * (3 if vectors else 1), cuda=on_gpu, rocm=on_gpu)
 
 
 def svd(a: jax.Array, *, qr_iteration: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U, s, V^H. On CUDA and ROCm by QR iteration where asked for, else the platform's default."""
+    """U, s, V^H. `qr_iteration` for batches of small matrices on CUDA and ROCm as well, where it is slow."""
     u, s, vh = _svd(True, qr_iteration)(a)
     return u, s, vh
 

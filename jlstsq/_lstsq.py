@@ -36,7 +36,9 @@ def lstsq(
     - ``gels``: none, A has full rank. A matrix whose columns (rows, if wide) depend on each other
       to working precision has the solution NaN.
     - ``gelsy`` (default): column-pivoted QR, a rank estimate, complete orthogonal factorisation.
-    - ``gelsd``, ``gelss``: singular value decomposition; they differ in the SVD used on CUDA and ROCm.
+    - ``gelsd``, ``gelss``: singular value decomposition; they differ in the SVD of
+      batches of small matrices on CUDA and ROCm (by Jacobi rotations, right to about 4 eps a column, or
+      by QR iteration, slow).
 
     Args:
       A: ``(*batch_a, m, n)``, real, complex, integer or bool. Half precision is computed in float32.

@@ -31,20 +31,25 @@ def abs2(a: jax.Array) -> jax.Array:
 def reflector(x: jax.Array, j: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """v, tau, beta with (I - conj(tau) v v^H) x = beta e_j for the entries from j on (xLARFG).
 
-    Of the columns x (m, ...), which lie in the first axis.
+    Of the columns x (m, ...), which lie in the first axis and are of order one: one of which so little is
+    left that squares lose digits to underflow counts as zero. Squares half lost make H_j far from unitary.
     """
     rows = jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
     alpha = x[j]
     below = jnp.where(rows > j, x, 0)
     tail = abs2(below).sum(0)
-    norm = jnp.sqrt(abs2(alpha) + tail)
+    squares = abs2(alpha) + tail
+    info = jnp.finfo(x.dtype)
+    nothing = squares <= float(info.tiny) / float(info.eps)
+    norm = jnp.sqrt(squares)
     beta = jnp.where(alpha.real > 0, -norm, norm).astype(x.dtype)
     # Nothing to reflect: H_j = I, as in LAPACK. A complex pivot is still made real.
     trivial = (tail == 0) & (alpha.imag == 0) if jnp.iscomplexobj(x) else tail == 0
+    trivial = trivial | nothing
     tau = jnp.where(trivial, 0, (beta - alpha) / jnp.where(trivial, 1, beta))
     pivot = jnp.where(trivial, 1, alpha - beta)
     v = jnp.where(rows == j, 1, below / pivot[None])
-    return v, tau, jnp.where(trivial, alpha, beta)
+    return jnp.where(trivial & (rows != j), 0, v), tau, jnp.where(nothing, 0, jnp.where(trivial, alpha, beta))
 
 
 def in_double(shape: tuple[int, ...], dtype: Any) -> bool:

@@ -9,6 +9,7 @@ from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from . import _fast as fast
 from ._blocks import of_matrices
@@ -18,6 +19,22 @@ from ._reduce import lanes, project, triangle
 from ._scaling import good, scale, unscale
 
 Answer = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def _squared_residuals(t, b, r, c, tail, y) -> jax.Array:
+    """|b - T y|^2 by columns. From R, Q^H b and what T leaves of b where Q is known to be orthonormal.
+
+    cuBLAS's batched QR does not rescale tiny columns as LAPACK does: where columns are repeated, Q is not
+    orthonormal beyond the rank (0.003 in float32, 7e-11 in float64), and nor is what it leaves of b.
+    """
+
+    def by_triangle(t, b, r, c, tail, y):
+        return tail + abs2(c - mm(r, y)).sum(-2)
+
+    def by_products(t, b, r, c, tail, y):
+        return abs2(b - mm(t, y)).sum(-2)
+
+    return lax.platform_dependent(t, b, r, c, tail, y, cpu=by_triangle, default=by_products)
 
 
 def _careful(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Array) -> Answer:
@@ -35,7 +52,7 @@ def _careful(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arr
         # T y with R backward stable is as accurate as using Q (Paige 1973).
         x, rho = mm(t_scaled, y), jnp.broadcast_to(tail, (*rcond.shape, tail.shape[-1]))
     else:
-        x, rho = y, tail + abs2(c - mm(r, y)).sum(-2)
+        x, rho = y, _squared_residuals(t_scaled, b, r, c, tail, y)
     return unscale(scales, x, rho, rank, s, good(driver, scales, rcond, usable))
 
 

@@ -30,7 +30,10 @@ def _compilation(request):
 
 
 def pytest_collection_modifyitems(items):
+    elsewhere = jax.default_backend() != "cpu"
     for item in items:
+        if elsewhere and item.get_closest_marker("cpu"):
+            item.add_marker(pytest.mark.skip(reason="of programs compiled for the CPU"))
         name = getattr(item, "callspec", None)
         if name is not None and name.params.get("driver") == "gelss":
             item.add_marker(pytest.mark.slow)

@@ -68,6 +68,7 @@ def test_only_some_arguments_move(x64):
     np.testing.assert_allclose(*gradients, rtol=1e-12)
 
 
+@pytest.mark.cpu
 @pytest.mark.optimised
 def test_saves_the_operands_only(x64):
     def many(a):
@@ -83,6 +84,7 @@ def test_saves_the_operands_only(x64):
     assert temporary(lambda flag, a: jax.lax.cond(flag, jnp.sum, many, a)) > 2.5
 
 
+@pytest.mark.cpu
 def test_batch_in_blocks(x64):
     """Each block takes its own branch, by vmap and without; derivatives are those of the elements."""
     where = np.zeros(1000, bool)

@@ -37,14 +37,19 @@ def test_pivoted_qr(p, factor, kind, precision):
     factor = jax.jit(lambda a, of=factor: of(a, np.broadcast_to(np.eye(p, dtype=a.dtype), a.shape)))
     r, uh, perm = (np.asarray(x) for x in factor(a))
     u = uh.conj().swapaxes(-1, -2)
-    if kind in ("deficient", "complex"):  # beyond the rank pivots are chosen by rounding errors
+    cpu = jax.default_backend() == "cpu"
+    # Beyond the rank pivots are chosen by rounding errors. cuBLAS's and cuSOLVER's complex pivots differ.
+    if kind == "deficient" or (kind == "complex" and cpu):
         alone = factor(a[1])[2]
         assert (perm[1] == alone)[:RANK].all()
     for i in range(3):
         assert (np.sort(perm[i]) == np.arange(p)).all()
         norms = np.linalg.norm(a[i], axis=0)
         assert (np.linalg.norm(a[i][:, perm[i]] - u[i] @ r[i], axis=0) <= 20 * p * eps * norms[perm[i]]).all()
-        assert np.linalg.norm(u[i].conj().T @ u[i] - np.eye(p)) < 20 * p * eps
+        # cuBLAS loses orthogonality in columns of which nothing is left: see `_values._squared_residuals`.
+        orthonormal = p if cpu or kind != "repeated" else RANK
+        ui = u[i][:, :orthonormal]
+        assert np.linalg.norm(ui.conj().T @ ui - np.eye(orthonormal)) < 20 * p * eps
         assert (np.tril(r[i], -1) == 0).all()
         diagonal, s = abs(np.diag(r[i])), np.linalg.svd(a[i].astype(np.complex128), compute_uv=False)
         if kind == "scaled":  # pivots follow the columns' size, singular values do not
@@ -132,7 +137,9 @@ def test_one_decision_for_values_and_derivatives(x64):
     plain = jax.jit(jax.vmap(lambda rcond: solution(A, rcond)))(cuts)
     primal = jax.jit(jax.vmap(derivative))(cuts)
     assert (plain[1] == primal[1]).all()
-    np.testing.assert_allclose(plain[0], primal[0], rtol=1e-9, atol=1e-9)
+    # Rounding errors are as large as the largest entries, not as each of them.
+    error = np.linalg.norm(plain[0] - primal[0], axis=-1)
+    assert (error <= 1e-9 * np.linalg.norm(plain[0], axis=-1)).all()
 
 
 @pytest.mark.parametrize("shape", [(12, 9), (60, 40)], ids=str)
@@ -145,3 +152,28 @@ def test_truncates_as_xgelsy(shape, x64):
     result = lstsq(A, b, 1e-2)
     assert result.rank == rank == 5
     np.testing.assert_allclose(result.solution, x, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [8, 20, 40])
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64], ids=["real", "complex"])
+def test_repeated_columns(n, dtype):
+    """What is left of a repeated column is again and again a rounding error of what was left, and underflows."""
+    rng = np.random.default_rng(0)
+    data = problems.right_hand_side(rng, 3 * (n + 5), n + 1, dtype).reshape(3, n + 5, n + 1).astype(dtype)
+    A, b = data[..., :n], data[..., n]
+    A[..., 2:] = A[..., [1] * (n - 2)]
+    exact = [np.linalg.lstsq(a.astype(complex), c, rcond=1e-5)[0] for a, c in zip(A, b, strict=True)]
+    left = [np.linalg.norm(c - a @ x) ** 2 for a, c, x in zip(A, b, exact, strict=True)]
+    for driver in ("gelsy", "gelsd"):
+
+        @jax.jit
+        def solve(A, driver=driver):
+            result = lstsq(A, b, driver=driver)
+            return abs(result.solution).sum(), result
+
+        (_, result), gradient = jax.value_and_grad(solve, has_aux=True)(A)
+        assert (result.rank == 2).all()
+        np.testing.assert_allclose(result.solution, exact, atol=1e-6)
+        np.testing.assert_allclose(result.residuals[:, 0], left, rtol=1e-5)
+        np.testing.assert_allclose(solve(A)[1].residuals[:, 0], left, rtol=1e-5)
+        assert np.isfinite(gradient).all()

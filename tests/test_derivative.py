@@ -286,6 +286,7 @@ def compiled(fun, *args):
     return jax.jit(fun).lower(*args).compile().as_text()
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_one_factorisation(driver, x64):
     """Value and gradient hold one factorisation of m x n data and no m x m array; gels, gelsy no SVD."""

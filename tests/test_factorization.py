@@ -142,6 +142,7 @@ def calls(fun, *args):
     return [line for line in lines if "300," in line]
 
 
+@pytest.mark.cpu
 def test_one_reduction(x64):
     """A thousand ridges reduce A once, with the GCV score and its gradient as well; weights, twice."""
     A, b = jnp.ones((300, 7)), jnp.ones(300)

@@ -63,6 +63,7 @@ def test_gram_matrix_in_double(shape, dtype):
     assert np.asarray(gram.accepted).all()
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("batch", [(), (2,)], ids=str)
 def test_double_sums_lose_no_digit_of_single_precision(batch, precision):
     """Ill-conditioned float32 data with and without a residual: accepted, not behind LAPACK in float32."""
@@ -129,7 +130,11 @@ def test_singular_values_are_backward_stable(shape, precision):
     )
     s = np.asarray(lstsq(A, A[..., :1], driver="gelsd").singular_values)
     exact = np.linalg.svd(A.astype(float), compute_uv=False)
-    assert (abs(s - exact).max(-1) <= 20 * np.finfo(dtype).eps * exact[:, 0]).all()
+    # CUDA's SVD of a batch is right to about 4 eps a column only; QR iteration, for single ones, is a loop.
+    units = 20 if jax.default_backend() == "cpu" else max(20, 5 * min(shape))
+    assert (abs(s - exact).max(-1) <= units * np.finfo(dtype).eps * exact[:, 0]).all()
+    alone = np.asarray(lstsq(A[5], A[5, :, :1], driver="gelsd").singular_values)
+    assert abs(alone - exact[5]).max() <= 20 * np.finfo(dtype).eps * exact[5, 0]
 
 
 @pytest.mark.parametrize("kappa", [1e1, 1e5, 1e12])

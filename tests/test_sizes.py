@@ -77,6 +77,7 @@ def test_blocks(driver, x64):
         assert result.rank[1, 500] == 9
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("shape", [(10000, 50), (30000, 20), (1000, 64, 32)], ids=str)
 def test_memory(driver, shape, x64):
@@ -100,6 +101,7 @@ def test_memory(driver, shape, x64):
         assert size(gradient) < (2.5 if driver == "gels" else 4 if every else 3.5)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("gradient", [False, True], ids=["value", "gradient"])
 def test_no_library_call_is_split_among_threads(driver, gradient):

@@ -13,11 +13,14 @@ from .._numerics import abs2, largest
 # Rounding in R^-1 is kappa(R) eps relative, at most about 1/max(m, n) where the certificate can fire
 # at the default rcond; the margin covers it.
 _MARGIN = 0.9
+# Columns up to which the Frobenius norm is sharp enough, and those from which double precision has room for it.
+_FEW, _MANY = 8, 64
 
 
 def condition(r: jax.Array, inverse: jax.Array) -> jax.Array:
     """An upper bound of ||R|| ||R^-1||: sharp where that is cheap, or where eps leaves no room."""
-    if r.shape[-1] <= 64 or jnp.finfo(r.dtype).bits == 32:
+    p = r.shape[-1]
+    if p > _FEW and (p <= _MANY or jnp.finfo(r.dtype).bits == 32):
         return norm2_bound(r) * norm2_bound(inverse)
     return frobenius(r) * frobenius(inverse)
 

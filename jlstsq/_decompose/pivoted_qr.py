@@ -21,7 +21,7 @@ from jax import lax
 
 from .._library import lu, triangle
 from .._norms import random
-from .._numerics import H, abs2, cond, inverse_permutation, mm, reflector, varying
+from .._numerics import H, abs2, cond, inverse_permutation, mm, power_of_two, reflector, varying
 
 Factors = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -69,9 +69,10 @@ def _loop(a: jax.Array, c: jax.Array, stop: jax.Array) -> Factors:
         """One step for one matrix; the column norms that have lost their digits as well."""
         pivot = jnp.argmax(norms)
         x = a[:, pivot] - mm(v, f[pivot].conj())
-        vj, tau, beta = reflector(x, j)
+        up, down = power_of_two(norms[pivot])
+        vj, tau, beta = reflector(x * down.astype(x.dtype), j)
         vj, tau = jnp.where(going, vj, 0), jnp.where(going, tau, 0)
-        column = jnp.where(index > j, 0, jnp.where(index == j, beta, x))
+        column = jnp.where(index > j, 0, jnp.where(index == j, beta * up.astype(x.dtype), x))
         out = out.at[:, pivot].set(jnp.where(going, column, out[:, pivot]))
         row = mm(vj.conj(), a) - mm(mm(vj.conj(), v), H(f))
         v = v.at[:, j].set(vj)

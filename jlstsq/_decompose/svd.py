@@ -18,7 +18,7 @@ def values(r: jax.Array, driver: str) -> jax.Array:
 
 
 def factors(r: jax.Array, driver: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U, s, V of R = U diag(s) V^H. gelss takes the QR-iteration SVD where it may: CUDA and ROCm."""
+    """U, s, V of R = U diag(s) V^H. gelss takes QR iteration, where the library has the choice."""
     u, s, vh = library.svd(r, qr_iteration=driver == "gelss")
     return u, s, H(vh)
 

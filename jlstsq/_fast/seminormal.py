@@ -54,8 +54,10 @@ def _corrected(gram: Gram, start: tuple, correct: Callable) -> tuple[tuple, jax.
         return count + 1, now, done | ~(theta * norm > eps / 2 * size), small
 
     done = jnp.broadcast_to(~gram.accepted[..., None], (*gram.accepted.shape, start[0].shape[-1]))
-    start = (0, start, done, jnp.ones_like(done))
-    _, now, done, small = lax.while_loop(going, step, varying(start))
+    start = varying((0, start, done, jnp.ones_like(done)))
+    # Elsewhere than on CPU the test of a loop costs as much as a correction: the first is made in any case.
+    start = lax.platform_dependent(start, cpu=lambda start: start, default=step)
+    _, now, done, small = lax.while_loop(going, step, start)
     return now, done & small
 
 

@@ -88,9 +88,19 @@ def in_range(m: int, squares: jax.Array) -> jax.Array:
 
 
 def finite(t: jax.Array, squares: jax.Array) -> jax.Array:
-    """Where T is finite. Column norms that are not mean NaN, Inf or an overflow: that costs a pass over T."""
+    """Where T is finite. Column norms that are not mean NaN, Inf or an overflow: that costs a pass over T.
+
+    Elsewhere than on CPU a branch costs as much as the pass.
+    """
     known = jnp.isfinite(squares).all(-1)
-    return cond(known.all(), lambda: jnp.ones_like(known), lambda: known | largest_entry(t, (-2, -1))[1], t)
+
+    def looked_for(t):
+        return known | largest_entry(t, (-2, -1))[1]
+
+    def where_needed(t):
+        return cond(known.all(), lambda: jnp.ones_like(known), lambda: looked_for(t), t)
+
+    return lax.platform_dependent(t, cpu=where_needed, default=looked_for)
 
 
 def _rounding(m: int, p: int, dtype: Any) -> float:
