@@ -26,7 +26,7 @@ from ._numerics import H, cond, identity_like, mm, native_batch, where_matrix
 _SPLIT = 200_000
 # Triangles of a batch this small are solved by code of our own.
 _TINY = 4
-# Columns up to which CUDA has an SVD of batches: by Jacobi, as accurate as p eps. QR iteration is a loop there.
+# Columns up to which CUDA has an SVD of batches: by Jacobi, right to p eps. QR iteration is a loop there.
 _BATCHED_SVD = 32
 # Triangles are inverted in blocks of at most this size: of one matrix, and of a batch.
 _LEAF = 128

@@ -10,6 +10,7 @@ matrix B with the leading right singular vector v, |B g| >= |B| |v^T g|, so
 below 1e-16, for a matrix that was not made to fit the vectors, which are always the same.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -59,5 +60,25 @@ def norm2_bound(a: jax.Array) -> jax.Array:
     if few:
         gram = mm(H(unit), unit)
         return size * frobenius(mm(gram, gram)) ** 0.25
-    z = lax.fori_loop(0, 4, lambda _, z: mm(H(unit), mm(unit, z)), varying(vectors(a), a))
-    return size * norm_from_images(z) ** 0.125
+    squared = _power(lambda z: mm(H(unit), mm(unit, z)), 4, vectors(a), a)
+    return size * norm_from_images(squared) ** 0.125
+
+
+def _power(times: Callable, steps: int, z: jax.Array, *data: Any) -> jax.Array:
+    return lax.fori_loop(0, steps, lambda _, z: times(z), varying(z, *data))
+
+
+def inverse_norm_bound(
+    solve: Callable[[jax.Array], jax.Array], adjoint_solve: Callable, a: jax.Array, steps: int
+) -> jax.Array:
+    """An upper bound of ||A^-1||_2, A^-1 z and A^-H z given: a root of one of ||(A A^H)^-steps||.
+
+    Of a only the size and the dtype count.
+    """
+    g = vectors(a)
+    y = solve(g)
+    size = jnp.sqrt(largest(abs2(y).sum(-2)))
+    down = (1 / jnp.where(size > 0, size, 1)).astype(y.dtype)
+    z = adjoint_solve(y * down) * down
+    z = _power(lambda z: adjoint_solve(solve(z) * down) * down, steps - 1, z, y)
+    return size * norm_from_images(z) ** (0.5 / steps)

@@ -13,7 +13,7 @@ from .._numerics import abs2, largest
 # Rounding in R^-1 is kappa(R) eps relative, at most about 1/max(m, n) where the certificate can fire
 # at the default rcond; the margin covers it.
 _MARGIN = 0.9
-# Columns up to which the Frobenius norm is sharp enough, and those from which double precision has room for it.
+# Columns up to which the Frobenius norm is sharp enough, and from which double precision has room for it.
 _FEW, _MANY = 8, 64
 
 

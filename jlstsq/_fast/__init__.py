@@ -61,7 +61,7 @@ def _in_range(t: jax.Array, b: jax.Array, squares: jax.Array) -> tuple[jax.Array
 
 
 def _by_gram(driver: str, adjoint: bool, t: jax.Array, b: jax.Array) -> Attempt:
-    factor = cholesky.factor(t, rows_apart=adjoint)
+    factor = cholesky.factor(t, rows_apart=adjoint, explicit=False)
     in_range, t_finite, b_finite = _in_range(t, b, factor.squares)
     if adjoint:
         x, _, done = seminormal.augmented(Operator(t), factor, None, b)

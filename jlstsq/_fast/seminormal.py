@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._numerics import H, abs2, mm, varying
+from .._numerics import abs2, varying
 from .._operator import Operator
 from .._reduce.cholesky import Gram
 
@@ -73,15 +73,15 @@ def augmented(
         """R^-H D (T^H v - g): what is left of the second equation."""
         parts = [] if v is None else [t.adjoint_times(v, precise=True)]
         parts += [] if g is None else [-g]
-        return mm(H(gram.inverse), sum(parts[1:], parts[0]))
+        return gram.adjoint_solve(sum(parts[1:], parts[0]))
 
     c = rest(f)
-    y = mm(gram.inverse, c)
+    y = gram.solve(c)
     v = -t.times(y) if f is None else f - t.times(y)
 
     def correct(v, y):
         d = rest(v)
-        delta = mm(gram.inverse, d)
+        delta = gram.solve(d)
         v = v - t.times(delta)
         return (v, y + delta), _norms(d), _norms(c) + _norms(v)
 

@@ -12,6 +12,9 @@ A single precision T has its Gram matrix, and all that is made of it, in double 
 few columns: that takes twice the time, but is accepted up to a condition number of about 1e4 instead of
 10. E is nothing then, R as good as Householder's, and theta what rounding R^-1 to single precision, and
 multiplying by it, add: (1 + sqrt(p)) eps |R| |R^-1| in the Frobenius norm, with the probabilistic bound.
+
+R^-1 is formed where that is cheap, since products with it are. For one large matrix it is not: values then
+substitute with R, and |R^-1| is bounded from random vectors (`_norms`).
 """
 
 from contextlib import nullcontext
@@ -22,8 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._library import cholesky, inverse
-from .._norms import frobenius, norm2_bound
+from .._library import cholesky, inverse, triangular_solve
+from .._norms import frobenius, inverse_norm_bound, norm2_bound
 from .._numerics import (
     H,
     cond,
@@ -46,6 +49,10 @@ _FEW = 3
 _ROWS = 2000
 # Columns from which single precision in double is no faster than Householder's method unless m is large.
 _LARGE = 128
+# Columns of one matrix from which substitution with R costs less than R^-1.
+_IMPLICIT = 256
+# Of its power iteration: the bound is about 4 times the norm.
+_STEPS = 2
 # Condition number of R1 from which the explicit R1^-1 costs a digit.
 _HARMLESS = 10.0
 
@@ -53,7 +60,8 @@ _HARMLESS = 10.0
 class Gram(NamedTuple):
     """The scaled Cholesky factor of T^H T."""
 
-    inverse: jax.Array  # (*batch, p, p), D R^-1: (D R^-1)(D R^-1)^H = (T^H T)^-1
+    # (*batch, p, p), D R^-1: (D R^-1)(D R^-1)^H = (T^H T)^-1; None: not formed
+    inverse: jax.Array | None
     triangle: jax.Array  # (*batch, p, p), R D^-1: its Gram matrix is that of T, to rounding
     inverse_norm: jax.Array  # (*batch) a bound of ||R^-1||
     contraction: jax.Array  # (*batch) theta
@@ -61,6 +69,16 @@ class Gram(NamedTuple):
     accepted: jax.Array  # (*batch) bool: G lost nothing, is definite, and theta small
     squares: jax.Array  # (*batch, p), of the column norms
     precise: jax.Array  # (*batch) bool: the triangle is R as good as Householder's
+
+    def solve(self, c: jax.Array) -> jax.Array:
+        """D R^-1 c."""
+        return triangular_solve(self.triangle, c) if self.inverse is None else mm(self.inverse, c)
+
+    def adjoint_solve(self, c: jax.Array) -> jax.Array:
+        """R^-H D c."""
+        if self.inverse is None:
+            return triangular_solve(self.triangle, c, adjoint=True)
+        return mm(H(self.inverse), c)
 
 
 def worthwhile(shape: tuple, dtype: Any) -> bool:
@@ -157,12 +175,59 @@ def product(t: jax.Array, rows_apart: bool = False, dtype: Any = None) -> jax.Ar
     return plain(t)
 
 
-def factor(t: jax.Array, rows_apart: bool = False) -> Gram:
-    """Cholesky of the Gram matrix of T (*batch, m, p)."""
+def factor(t: jax.Array, rows_apart: bool = False, explicit: bool = True) -> Gram:
+    """Cholesky of the Gram matrix of T (*batch, m, p).
+
+    Without R^-1 where that pays and it need not be explicit.
+    """
+    if not explicit and t.ndim == 2 and t.shape[-1] >= _IMPLICIT and not in_double(t.shape, t.dtype):
+        return _factor_implicitly(rows_apart, t)
     plain = partial(_factor, rows_apart, False)
     if not in_double(t.shape, t.dtype):
         return plain(t)
     return lax.platform_dependent(t, cpu=partial(_factor, rows_apart, True), default=plain)
+
+
+def _scaled_product(rows_apart: bool, t: jax.Array, dtype: Any) -> tuple[jax.Array, ...]:
+    """D T^H T D, the squared column norms, D and whether all of them are positive numbers."""
+    g = product(t, rows_apart, dtype)
+    squares = jnp.diagonal(g, axis1=-2, axis2=-1).real
+    positive = ((squares > 0) & jnp.isfinite(squares)).all(-1)
+    d = 1 / jnp.sqrt(jnp.where(positive[..., None], squares, 1))
+    unit = g * d[..., :, None].astype(g.dtype) * d[..., None, :].astype(g.dtype)
+    return where_matrix(positive, unit, identity_like(g)), squares, d, positive
+
+
+def _implicit_norm(triangle: jax.Array, d: jax.Array, steps: int) -> jax.Array:
+    """A bound of ||R^-1|| for `triangle` = R D^-1."""
+    scale = d[:, None].astype(triangle.dtype)
+    return inverse_norm_bound(
+        lambda z: triangular_solve(triangle, z) / scale,
+        lambda z: triangular_solve(triangle, z / scale, adjoint=True),
+        triangle,
+        steps,
+    )
+
+
+def _factor_implicitly(rows_apart: bool, t: jax.Array) -> Gram:
+    """Without R^-1, for one T in its own precision."""
+    m, p = t.shape
+    unit, squares, d, positive = _scaled_product(rows_apart, t, t.dtype)
+    low = cholesky(unit)
+    definite = positive & jnp.isfinite(jnp.diagonal(low).real).all()
+    triangle = where_matrix(definite, H(low / d[:, None].astype(t.dtype)), identity_like(low))
+    inverse_norm = _implicit_norm(triangle, d, _STEPS)
+    contraction = _rounding(m, p, squares.dtype) * inverse_norm**2
+    return Gram(
+        inverse=None,
+        triangle=triangle,
+        inverse_norm=inverse_norm,
+        contraction=contraction,
+        condition=jnp.sqrt(squares.sum(-1)) * largest(d) * inverse_norm,
+        accepted=definite & in_range(m, squares) & (contraction <= _CONTRACTION),
+        squares=squares,
+        precise=jnp.zeros_like(definite),
+    )
 
 
 def _factor(rows_apart: bool, double: bool, t: jax.Array) -> Gram:
@@ -170,13 +235,9 @@ def _factor(rows_apart: bool, double: bool, t: jax.Array) -> Gram:
     m, p = t.shape[-2:]
     real = jnp.finfo(t.dtype).dtype
     with double_precision(t.dtype) if double else nullcontext(t.dtype) as wide:
-        g = product(t, rows_apart, wide)
-        squares = jnp.diagonal(g, axis1=-2, axis2=-1).real
-        positive = ((squares > 0) & jnp.isfinite(squares)).all(-1)
-        d = 1 / jnp.sqrt(jnp.where(positive[..., None], squares, 1))
-        unit = g * d[..., :, None].astype(wide) * d[..., None, :].astype(wide)
-        eye = identity_like(g)
-        r = H(cholesky(where_matrix(positive, unit, eye)))
+        unit, squares, d, positive = _scaled_product(rows_apart, t, wide)
+        eye = identity_like(unit)
+        r = H(cholesky(unit))
         definite = positive & jnp.isfinite(jnp.diagonal(r, axis1=-2, axis2=-1).real).all(-1)
         r = where_matrix(definite, r, eye)
         x = inverse(r)
@@ -218,16 +279,21 @@ def _nearly_orthonormal(t: jax.Array, gram: Gram) -> jax.Array:
     That of the product with the inverse grows with the condition number; corrected once, it does not.
     """
     harmful = _harmful(gram)
+    inverted = inverse(gram.triangle) if gram.inverse is None else gram.inverse
 
     def correct(_, z):
-        return where_matrix(harmful, z + mm(t - mm(z, gram.triangle), gram.inverse), z)
+        return where_matrix(harmful, z + mm(t - mm(z, gram.triangle), inverted), z)
 
-    return lax.fori_loop(0, harmful.any().astype(int), correct, mm(t, gram.inverse))
+    return lax.fori_loop(0, harmful.any().astype(int), correct, mm(t, inverted))
 
 
 def triangle(t: jax.Array, gram: Gram) -> jax.Array:
     """R of T, where accepted; with a condition number near one the first R is as good as the second."""
     harmful = _harmful(gram) & ~gram.precise
+    if gram.inverse is None:
+        # A second pass over T costs more than a sharper bound.
+        sharper = _implicit_norm(gram.triangle, 1 / jnp.sqrt(gram.squares), 2 * _STEPS)
+        harmful = harmful & (sharper > _HARMLESS)
 
     def second():
         r = mm(H(cholesky(product(_nearly_orthonormal(t, gram)))), gram.triangle)
