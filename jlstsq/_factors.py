@@ -71,26 +71,27 @@ def _factorise(driver: str, adjoint: bool, t: jax.Array, rcond: jax.Array, b: ja
         return Factored(q, r, decision, None, up, down, finite, solution)
 
     gram = cholesky.factor(t, rows_apart=adjoint)
+    assert gram.inverse is not None
     finite = cholesky.finite(t, gram.squares)
     accepted = gram.accepted
     if driver != "gels":
         accepted = accepted & certificate.full_rank(gram.condition, rcond)
     # Where it is not accepted it is still computed with: nothing in it may overflow.
     accepted = accepted | ~finite
-    harmless = (where_matrix(accepted, x, identity_like(x)) for x in (gram.inverse, gram.triangle))
-    gram = gram._replace(inverse=next(harmless), triangle=next(harmless), accepted=accepted)
+    inverse, triangle = (where_matrix(accepted, x, identity_like(x)) for x in (gram.inverse, gram.triangle))
+    gram = gram._replace(inverse=inverse, triangle=triangle, accepted=accepted)
     solution = FullRank(Operator(t), None, gram.triangle, gram=gram).solve(f, g)
     one = jnp.ones(accepted.shape, gram.squares.dtype)
 
     def fast():
-        return jnp.zeros_like(flat(t)), gram.inverse, uncut(driver, gram.inverse), one, one, solution
+        return jnp.zeros_like(flat(t)), inverse, uncut(driver, inverse), one, one, solution
 
     def careful():
         size = jnp.where(accepted, 1, largest_entry(t, (-2, -1))[0])
         up, down = power_of_two(size)
         q, r = factors(t, down, None if driver == "gels" else rcond)
         # Not used there but to compute with.
-        r = where_matrix(accepted, gram.inverse, r)
+        r = where_matrix(accepted, inverse, r)
         q, r, decision, by_factors = decided(q, r, finite, accepted)
         return q, r, decision, up, down, jax.tree.map(partial(pick, accepted), solution, by_factors)
 

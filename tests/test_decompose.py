@@ -157,7 +157,7 @@ def test_truncates_as_xgelsy(shape, x64):
 @pytest.mark.parametrize("n", [8, 20, 40])
 @pytest.mark.parametrize("dtype", [np.float32, np.complex64], ids=["real", "complex"])
 def test_repeated_columns(n, dtype):
-    """What is left of a repeated column is again and again a rounding error of what was left, and underflows."""
+    """What is left of a column is again and again a rounding error of what was left, and underflows."""
     rng = np.random.default_rng(0)
     data = problems.right_hand_side(rng, 3 * (n + 5), n + 1, dtype).reshape(3, n + 5, n + 1).astype(dtype)
     A, b = data[..., :n], data[..., n]

@@ -48,6 +48,54 @@ def test_accepted_solutions_are_right(shape, precision):
         assert result.condition[i] * 1.001 >= kappa * (1 - 1e3 * eps * kappa)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+def test_one_large_matrix(dtype, x64):
+    """Without an inverse triangle: every bound is one, and what is solved is right, tall and wide."""
+    p, eps = 260, np.finfo(dtype).eps
+    m = 4 * p if dtype == "float32" else 2 * p
+    rng = np.random.default_rng(3)
+    assert cholesky.worthwhile((m, p), dtype)
+    factor = jax.jit(lambda A: cholesky.factor(A, explicit=False))
+    attempts = [
+        jax.jit(lambda A, b, wide=wide: _fast.attempt("gelsd", wide, A, b)._replace(singular_values=None))
+        for wide in (False, True)
+    ]
+    solves = jax.jit(lambda A, b: lstsq(A, b, driver="gelsd"))
+    accepted = []
+    for kappa in KAPPAS:
+        A = problems.with_spectrum(rng, m, p, np.logspace(0, -np.log10(kappa), p), dtype)
+        A = (A * np.logspace(0, 3, p)).astype(dtype)
+        x, v = (problems.right_hand_side(rng, rows, 1, dtype) for rows in (p, m))
+        b = (A @ x + 0.1 * v).astype(dtype)
+        exact = A.astype(np.result_type(dtype, np.float64))
+        gram = factor(A)
+        assert gram.inverse is None
+        accepted.append(bool(gram.accepted))
+        if not gram.accepted:
+            continue
+        norms = np.linalg.norm(exact, axis=0)
+        triangle, s = np.asarray(gram.triangle).astype(exact.dtype), np.linalg.svd(exact, compute_uv=False)
+        inverse = np.linalg.inv(triangle)
+        assert gram.inverse_norm * (1 + 1e-4) >= np.linalg.norm(inverse * norms[:, None], 2)
+        left = inverse.conj().T @ (exact.conj().T @ exact) @ inverse - np.eye(p)
+        assert np.linalg.norm(left, 2) <= gram.contraction
+        assert gram.condition * (1 + 1e-4) >= s[0] / s[-1]
+        for wide, rhs in ((False, b), (True, (x * norms[:, None]).astype(dtype))):
+            result = attempts[wide](A, rhs)
+            if not result.solved:
+                assert kappa > (10 if dtype == "float32" else 1e4)
+                continue
+            matrix = exact.conj().T if wide else exact
+            best = scipy.linalg.lstsq(matrix, rhs.astype(exact.dtype), cond=eps * 1e-3)[0]
+            rest = 0 if wide else np.linalg.norm(b - exact @ best)
+            bound = 4 * p * eps * s[0] / s[-1] * (np.linalg.norm(best) + rest / s[-1])
+            assert np.linalg.norm(result.solution - best) <= bound
+        found = solves(A, b).singular_values
+        assert abs(found - s).max() <= 20 * eps * s[0]
+    assert all(accepted[:2])
+    assert not accepted[-1]
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.complex64])
 @pytest.mark.parametrize("shape", [(9000, 70), (1000, 70), (2, 200, 70)], ids=str)
 def test_gram_matrix_in_double(shape, dtype):
