@@ -85,7 +85,8 @@ def choose(flags: jax.Array, common: Callable, rare: Callable, *operands: Any) -
     """
     # Inside shard_map all of one type: an operand that does not vary has its derivative summed outside.
     flags, operands = varying((flags, operands))
-    return _choose((common, rare), flags, operands)
+    # Each is needed in many places below; a jitted one is traced, and differentiated, once.
+    return _choose((jax.jit(common), jax.jit(rare)), flags, operands)
 
 
 def _branch(flags: jax.Array, functions: Sequence[Callable], data: Any) -> Any:

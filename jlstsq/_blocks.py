@@ -36,13 +36,17 @@ def in_blocks(fun: Callable[..., tuple], batch: tuple, *args: jax.Array) -> tupl
     if count < 2 * size:
         return fun(*args)
 
+    traced_once = jax.jit(fun)
+
     def block_by_block(*args):
         flat = [a.reshape(count, *a.shape[len(batch) :]) for a in args]
-        results = jax.eval_shape(fun, *(jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype) for a in flat))
+        results = jax.eval_shape(
+            traced_once, *(jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype) for a in flat)
+        )
 
         def one(i, out):
             first = jnp.minimum(i * size, count - size)
-            new = fun(*(lax.dynamic_slice_in_dim(a, first, size) for a in flat))
+            new = traced_once(*(lax.dynamic_slice_in_dim(a, first, size) for a in flat))
             pairs = zip(out, new, strict=True)
             return tuple(lax.dynamic_update_slice_in_dim(o, n, first, 0) for o, n in pairs)
 

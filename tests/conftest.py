@@ -1,11 +1,27 @@
 """Both precisions: `x64` runs a test in float64, `precision` in each of the two.
 
-What takes time is compiling. So programs are compiled without LLVM's expensive passes, save where the
-passes matter (the marker `optimised`), and `gelss`, on a CPU the program of gelsd, is slow.
+What takes time is compiling. So programs are compiled without LLVM's expensive passes and, on CPU, without
+XLA's MLIR emitters, which take a quarter of the time, save where that matters (the marker `optimised`). And
+`gelss`, on a CPU the program of gelsd, is slow.
 """
 
 import jax
 import pytest
+from jax._src import compiler
+
+_compile_options = compiler.get_compile_options
+
+
+def _light(*args, **kwargs):
+    """JAX's compile options, and one whose only public name is XLA_FLAGS, for the whole process."""
+    options = _compile_options(*args, **kwargs)
+    if jax.config.read("jax_disable_most_optimizations") and jax.default_backend() == "cpu":
+        overrides = dict(options.env_option_overrides or ())
+        options.env_option_overrides = list(({"xla_cpu_use_fusion_emitters": False} | overrides).items())
+    return options
+
+
+compiler.get_compile_options = _light
 
 
 @pytest.fixture

@@ -154,8 +154,15 @@ def test_truncates_as_xgelsy(shape, x64):
     np.testing.assert_allclose(result.solution, x, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("n", [8, 20, 40])
-@pytest.mark.parametrize("dtype", [np.float32, np.complex64], ids=["real", "complex"])
+@pytest.mark.parametrize(
+    ("n", "dtype"),
+    [
+        (8, np.complex64), (40, np.float32),
+        *(pytest.param(n, np.complex64, marks=pytest.mark.slow) for n in (20, 40)),
+        *(pytest.param(n, np.float32, marks=pytest.mark.slow) for n in (8, 20)),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_repeated_columns(n, dtype):
     """What is left of a column is again and again a rounding error of what was left, and underflows."""
     rng = np.random.default_rng(0)

@@ -39,7 +39,7 @@ def test_float32(driver, shape):
     assert (np.linalg.norm(x - expected, axis=-1) <= bound).all()
 
 
-@pytest.mark.parametrize("columns", [2, 3])
+@pytest.mark.parametrize("columns", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_long_sums(columns):
     """A million positive terms in single precision: a plain running sum is wrong by 1e-4."""
     rng = np.random.default_rng(4)
@@ -77,10 +77,20 @@ def test_blocks(driver, x64):
         assert result.rank[1, 500] == 9
 
 
+MEMORY = [((10000, 50), "gels"), ((10000, 50), "gelsy"), ((1000, 64, 32), "gelsd")]
+
+
 @pytest.mark.cpu
-@pytest.mark.parametrize("driver", DRIVERS)
-@pytest.mark.parametrize("shape", [(10000, 50), (30000, 20), (1000, 64, 32)], ids=str)
-def test_memory(driver, shape, x64):
+@pytest.mark.parametrize(
+    ("shape", "driver"),
+    [
+        pytest.param(shape, driver, marks=() if (shape, driver) in MEMORY else pytest.mark.slow)
+        for shape in ((10000, 50), (30000, 20), (1000, 64, 32))
+        for driver in DRIVERS
+    ],
+    ids=str,
+)
+def test_memory(shape, driver, x64):
     """Temporary memory in sizes of A: of a value and of gradients, every branch counted."""
     A, b = (jax.ShapeDtypeStruct(s, np.float64) for s in (shape, shape[:-1]))
 
@@ -218,7 +228,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("driver", "shape"), BAD)
-@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)], ids=str)
 def test_bad_values_in_large_arrays(driver, shape, bad, x64):
     """XLA on CPU loses NaN in a maximum over so many entries. Neighbours: the same to the bit."""
     rng = np.random.default_rng(0)
@@ -253,7 +263,11 @@ def test_bad_values_in_large_arrays(driver, shape, bad, x64):
                 assert np.array_equal(x[others], z[others])
 
 
-@pytest.mark.parametrize("shape", [(300, 100, 100), (300, 130, 100), (10000, 4, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(300, 100, 100), pytest.param((300, 130, 100), marks=pytest.mark.slow), (10000, 4, 4)],
+    ids=str,
+)
 def test_singular_matrices_in_large_batches(shape, x64):
     """A zero pivot makes NaN in inverses, and no bound may lose it."""
     rng = np.random.default_rng(1)

@@ -106,7 +106,9 @@ def single(shape, dtype):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((3, 30, 10), np.complex64), ((2, 200, 70), np.float32)], ids=str
+    ("shape", "dtype"),
+    [((3, 30, 10), np.complex64), pytest.param((2, 200, 70), np.float32, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_double_sums_under_vmap(shape, dtype):
     """Sums in float64 without the user's x64: derivatives of a vmap, and the vmap of derivatives."""
@@ -228,7 +230,7 @@ def test_shard_map():
     subprocess.run([sys.executable, "-c", SHARDED], check=True, timeout=900)
 
 
-@pytest.mark.parametrize("shape", [(22, 4), (9, 7)], ids=str)
+@pytest.mark.parametrize("shape", [pytest.param((22, 4), marks=pytest.mark.slow), (9, 7)], ids=str)
 def test_derivatives_through_vmap_of_one_argument(shape, x64):
     """Outputs that do not depend on what is batched: a rule's batch must be the value's."""
     rng = np.random.default_rng(4)
@@ -263,7 +265,7 @@ def test_derivatives_through_vmap_of_one_argument(shape, x64):
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-@pytest.mark.parametrize("shape", [(22, 4), (80, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(22, 4), pytest.param((80, 40), marks=pytest.mark.slow)], ids=str)
 def test_vmap_over_nothing(driver, shape):
     A, b = np.ones((0, *shape)), np.ones((0, shape[0]))
     assert jax.vmap(lambda A, b: lstsq(A, b, driver=driver))(A, b).solution.shape == (0, shape[1])
