@@ -5,6 +5,8 @@ XLA's MLIR emitters, which take a quarter of the time, save where that matters (
 `gelss`, on a CPU the program of gelsd, is slow.
 """
 
+import gc
+
 import jax
 import pytest
 from jax._src import compiler
@@ -17,7 +19,8 @@ def _light(*args, **kwargs):
     options = _compile_options(*args, **kwargs)
     if jax.config.read("jax_disable_most_optimizations") and jax.default_backend() == "cpu":
         overrides = dict(options.env_option_overrides or ())
-        options.env_option_overrides = list(({"xla_cpu_use_fusion_emitters": False} | overrides).items())
+        light = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+        options.env_option_overrides = list((light | overrides).items())
     return options
 
 
@@ -57,6 +60,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="module")
 def _clear_caches():
-    # Every compiled program holds memory maps, of which a process may have 65 530.
+    # Traces are many small objects: to look for garbage among them all the time takes a tenth of the time.
+    gc.disable()
     yield
+    # Every compiled program holds memory maps, of which a process may have 65 530.
     jax.clear_caches()
+    gc.enable()
+    gc.collect()

@@ -48,7 +48,7 @@ def test_accepted_solutions_are_right(shape, precision):
         assert result.condition[i] * 1.001 >= kappa * (1 - 1e3 * eps * kappa)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", pytest.param("complex128", marks=pytest.mark.slow)])
 def test_one_large_matrix(dtype, x64):
     """Without an inverse triangle: every bound is one, and what is solved is right, tall and wide."""
     p, eps = 260, np.finfo(dtype).eps

@@ -77,7 +77,7 @@ def test_blocks(driver, x64):
         assert result.rank[1, 500] == 9
 
 
-MEMORY = [((10000, 50), "gels"), ((10000, 50), "gelsy"), ((1000, 64, 32), "gelsd")]
+MEMORY = [((10000, 50), "gelsy"), ((1000, 64, 32), "gelsd")]
 
 
 @pytest.mark.cpu
