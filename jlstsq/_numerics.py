@@ -28,6 +28,15 @@ def abs2(a: jax.Array) -> jax.Array:
     return a.real**2 + a.imag**2 if jnp.iscomplexobj(a) else a**2
 
 
+def materialized(tree: Any) -> Any:
+    """The same numbers, computed once: for what is decided on in several places.
+
+    XLA on GPU computes a number anew in every kernel that needs it, each time with other roundings (fused
+    multiply-adds). A sign, or a test for zero, of a number that cancels must not be answered in two ways.
+    """
+    return lax.optimization_barrier(tree)
+
+
 def reflector(x: jax.Array, j: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """v, tau, beta with (I - conj(tau) v v^H) x = beta e_j for the entries from j on (xLARFG).
 
@@ -35,6 +44,7 @@ def reflector(x: jax.Array, j: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     left that squares lose digits to underflow counts as zero. Squares half lost make H_j far from unitary.
     """
     rows = jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
+    x = materialized(x)
     alpha = x[j]
     below = jnp.where(rows > j, x, 0)
     tail = abs2(below).sum(0)

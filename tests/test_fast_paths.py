@@ -51,7 +51,7 @@ def test_accepted_solutions_are_right(shape, precision):
 @pytest.mark.parametrize("dtype", ["float32", "float64", pytest.param("complex128", marks=pytest.mark.slow)])
 def test_one_large_matrix(dtype, x64):
     """Without an inverse triangle: every bound is one, and what is solved is right, tall and wide."""
-    p, eps = 260, np.finfo(dtype).eps
+    p, eps, cpu = 260, np.finfo(dtype).eps, jax.default_backend() == "cpu"
     m = 4 * p if dtype == "float32" else 2 * p
     rng = np.random.default_rng(3)
     assert cholesky.worthwhile((m, p), dtype)
@@ -91,8 +91,8 @@ def test_one_large_matrix(dtype, x64):
             bound = 4 * p * eps * s[0] / s[-1] * (np.linalg.norm(best) + rest / s[-1])
             assert np.linalg.norm(result.solution - best) <= bound
         found = solves(A, b).singular_values
-        assert abs(found - s).max() <= 20 * eps * s[0]
-    assert all(accepted[:2])
+        assert abs(found - s).max() <= (20 if cpu else 60) * eps * s[0]  # cuSOLVER: 13 at p = 500
+    assert all(accepted[: 2 if cpu or dtype != "float32" else 1])  # float32 in double: on CPU
     assert not accepted[-1]
 
 

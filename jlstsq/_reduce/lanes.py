@@ -15,14 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._numerics import abs2, largest, largest_entry, power_of_two, reflector, varying
+from .._numerics import abs2, largest, largest_entry, materialized, power_of_two, reflector, varying
 
 # A block stays in the cache, and small: XLA on CPU (jax 0.10.2) gives wrong numbers for a fused
 # product and sum over 8192 float32 lanes or more.
 _LANES = 256
 _SWEEPS = 16
-# Loops over so few columns are unrolled: on CPU compiling is the cost, elsewhere every operation of a loop.
-_UNROLLED, _UNROLLED_ELSEWHERE = 2, 6
+# Loops over so few columns are unrolled. On GPU more would save kernels, but what `materialized` is for was
+# seen there before it was made: singular values of 8 x 3 wrong by 0.2 where three rotations were unrolled.
+_UNROLLED = 2
 
 
 def worthwhile(shape: tuple) -> bool:
@@ -43,13 +44,9 @@ class Lanes(NamedTuple):
     converged: jax.Array  # (N,) bool, of the singular values
 
 
-class Loop(NamedTuple):
-    """Loops over columns: unrolled, where there are few."""
-
-    unrolled: int
-
-    def __call__(self, count: int, body: Callable, start: Any, *data: Any) -> Any:
-        return lax.fori_loop(0, count, body, varying(start, *data), unroll=count <= self.unrolled)
+def _loop(count: int, body: Callable, start: Any, *data: Any) -> Any:
+    """A loop over columns: unrolled, where that is little code to compile."""
+    return lax.fori_loop(0, count, body, varying(start, *data), unroll=count <= _UNROLLED)
 
 
 def _reflect(j: Any, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -64,9 +61,9 @@ def _reflect(j: Any, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return w.at[:, j].set(column), v, tau
 
 
-def _reduced(loop: Loop, p: int, w: jax.Array) -> jax.Array:
+def _reduced(p: int, w: jax.Array) -> jax.Array:
     """W (m, columns, lanes) with its first p columns made triangular."""
-    return loop(p, lambda j, w: _reflect(j, w)[0], w)
+    return _loop(p, lambda j, w: _reflect(j, w)[0], w)
 
 
 def _unit(w: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -78,7 +75,7 @@ def _unit(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     return w * down.astype(w.dtype), up
 
 
-def _factor(loop: Loop, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _factor(t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Q (lanes, m, p) and R of one block T (lanes, m, p)."""
     w, up = _unit(jnp.moveaxis(t, 0, -1))
     p = w.shape[1]
@@ -94,13 +91,13 @@ def _factor(loop: Loop, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         return q - v[:, None] * (taus[j] * (v.conj()[:, None] * q).sum(0))
 
     start = w, jnp.zeros((p, w.shape[0], w.shape[2]), w.dtype), jnp.zeros(w.shape[1:], w.dtype)
-    w, vectors, taus = loop(p, forward, start, t)
+    w, vectors, taus = _loop(p, forward, start, t)
     eye = jnp.broadcast_to(jnp.eye(*w.shape[:2], dtype=w.dtype)[..., None], w.shape)
-    q = loop(p, backward, eye, t)
+    q = _loop(p, backward, eye, t)
     return jnp.moveaxis(q, -1, 0), jnp.moveaxis(w[:p] * up.astype(w.dtype), -1, 0)
 
 
-def _substitute(loop: Loop, r: jax.Array, c: jax.Array, adjoint: bool = False) -> jax.Array:
+def _substitute(r: jax.Array, c: jax.Array, adjoint: bool = False) -> jax.Array:
     """R^-1 c, or R^-H c, for the upper triangles r (p, p, lanes) and c (p, k, lanes)."""
     p = r.shape[0]
     a = jnp.swapaxes(r, 0, 1).conj() if adjoint else r
@@ -109,13 +106,12 @@ def _substitute(loop: Loop, r: jax.Array, c: jax.Array, adjoint: bool = False) -
         i = step if adjoint else p - 1 - step
         return x.at[i].set((c[i] - (a[i][:, None] * x).sum(0)) / a[i, i])
 
-    return loop(p, row, jnp.zeros_like(c), r, c)
+    return _loop(p, row, jnp.zeros_like(c), r, c)
 
 
 def _rotate(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Columns x and y made orthogonal by one Jacobi rotation, and the cosine of their angle before."""
-    xx, yy = abs2(x).sum(0), abs2(y).sum(0)
-    xy = (x.conj() * y).sum(0)
+    xx, yy, xy = materialized((abs2(x).sum(0), abs2(y).sum(0), (x.conj() * y).sum(0)))
     size, both = abs(xy), jnp.sqrt(xx) * jnp.sqrt(yy)
     cosine = size / jnp.where(both > 0, both, 1)
     some = size > 0
@@ -129,7 +125,7 @@ def _rotate(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array
     return cos * x - sin * y, sin * x + cos * y, cosine
 
 
-def _singular_values(loop: Loop, a: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _singular_values(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Those of the columns of a (p, p, lanes), decreasing, by one-sided Jacobi; whether it converged."""
     p, lanes = a.shape[0], a.shape[-1]
     if p == 1:
@@ -147,7 +143,7 @@ def _singular_values(loop: Loop, a: jax.Array) -> tuple[jax.Array, jax.Array]:
             return columns.at[i[n]].set(x).at[j[n]].set(y), jnp.maximum(largest, cosine)
 
         start = (columns, jnp.zeros(lanes, a.real.dtype))
-        new, angle = loop(i.shape[0], pair, start)
+        new, angle = _loop(i.shape[0], pair, start)
         # A lane that is done stays as it is, whatever its neighbours need.
         done = before <= small
         return count + 1, jnp.where(done, columns, new), jnp.where(done, before, angle)
@@ -161,24 +157,24 @@ def _singular_values(loop: Loop, a: jax.Array) -> tuple[jax.Array, jax.Array]:
     return -jnp.sort(-jnp.sqrt(abs2(columns).sum(1)), axis=0), ~(largest > small)
 
 
-def _block(adjoint: bool, spectrum: bool, loop: Loop, t: jax.Array, b: jax.Array) -> Lanes:
+def _block(adjoint: bool, spectrum: bool, t: jax.Array, b: jax.Array) -> Lanes:
     """The results of one block of matrices, T (lanes, m, p) and b (lanes, rows, k)."""
     t, b = jnp.moveaxis(t, 0, -1), jnp.moveaxis(b, 0, -1)
     p = t.shape[1]
     # T = T_s D: x = D^-1 R_s^-1 Q^H b, and T^+H b = T_s (R_s^H R_s)^-1 D^-1 b.
     t, d = _unit(t)
     rows = d[:, None].astype(t.dtype)
-    w = _reduced(loop, p, t if adjoint else jnp.concatenate([t, b], axis=1))
+    w = _reduced(p, t if adjoint else jnp.concatenate([t, b], axis=1))
     r = w[:p, :p]
     eye = jnp.broadcast_to(jnp.eye(p, dtype=r.dtype)[..., None], r.shape)
-    inverse = _substitute(loop, r, eye)
+    inverse = _substitute(r, eye)
     columns = jnp.sqrt(abs2(r).sum(0))
     if adjoint:
-        y = _substitute(loop, r, _substitute(loop, r, b / rows, adjoint=True))
+        y = _substitute(r, _substitute(r, b / rows, adjoint=True))
         x = (t[:, :, None] * y).sum(1)
         rho = jnp.zeros(b.shape[1:], columns.dtype)
     else:
-        x = _substitute(loop, r, w[:p, p:]) / rows
+        x = _substitute(r, w[:p, p:]) / rows
         rho = abs2(w[p:, p:]).sum(0)
     dependence = largest((columns[:, None] * abs(inverse)).sum(0), 0)
     columns, inverse_size = columns * d, abs(inverse) / d[:, None]
@@ -186,7 +182,7 @@ def _block(adjoint: bool, spectrum: bool, loop: Loop, t: jax.Array, b: jax.Array
     s, converged = jnp.zeros_like(columns), jnp.ones(t.shape[-1:], bool)
     if spectrum:
         size = d.max(0)
-        s, converged = _singular_values(loop, r * (d / size).astype(r.dtype))
+        s, converged = _singular_values(r * (d / size).astype(r.dtype))
         s = s * size
     out = Lanes(
         solution=x,
@@ -203,20 +199,19 @@ def _block(adjoint: bool, spectrum: bool, loop: Loop, t: jax.Array, b: jax.Array
 def _over_blocks(fun: Callable, *args: jax.Array) -> Any:
     """`fun` of the leading axis of its arguments, on CPU block by block."""
     n = args[0].shape[0]
-    few = partial(fun, Loop(_UNROLLED))
+    if n <= _LANES:
+        return fun(*args)
 
     def cpu(*args):
-        if n <= _LANES:
-            return few(*args)
         blocks = -(-n // _LANES)
         padded = (
             jnp.pad(a, ((0, blocks * _LANES - n), (0, 0), (0, 0))).reshape(blocks, _LANES, *a.shape[1:])
             for a in args
         )
-        out = lax.map(lambda block: few(*block), tuple(padded))
+        out = lax.map(lambda block: fun(*block), tuple(padded))
         return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], out)
 
-    return lax.platform_dependent(*args, cpu=cpu, default=partial(fun, Loop(_UNROLLED_ELSEWHERE)))
+    return lax.platform_dependent(*args, cpu=cpu, default=fun)
 
 
 def solve(adjoint: bool, spectrum: bool, t: jax.Array, b: jax.Array) -> Lanes:
