@@ -30,6 +30,12 @@ def frobenius(a: jax.Array) -> jax.Array:
     return jnp.sqrt(abs2(a).sum((-2, -1)))
 
 
+def norm2_by_sums(a: jax.Array) -> jax.Array:
+    """An upper bound of ||A||_2, at most sqrt(n) times it: ||A||_2^2 <= ||A||_1 ||A||_inf. No squares."""
+    size = abs(a)
+    return jnp.sqrt(largest(size.sum(-1))) * jnp.sqrt(largest(size.sum(-2)))
+
+
 def random(rows: int, columns: int, dtype: Any) -> jax.Array:
     """Fixed numbers, as if independent, uniform and of variance one."""
     uniform = (hashed(rows * columns) >> 8).astype(real_dtype(dtype)) * 2.0**-23 - 1

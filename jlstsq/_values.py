@@ -34,7 +34,10 @@ def _squared_residuals(t, b, r, c, tail, y) -> jax.Array:
     def by_products(t, b, r, c, tail, y):
         return abs2(b - mm(t, y)).sum(-2)
 
-    return lax.platform_dependent(t, b, r, c, tail, y, cpu=by_triangle, default=by_products)
+    data = t, b, r, c, tail, y
+    if t.ndim == 2:
+        return by_triangle(*data)
+    return lax.platform_dependent(*data, cuda=by_products, default=by_triangle)
 
 
 def _careful(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Array) -> Answer:

@@ -255,6 +255,42 @@ def test_sketch_refuses_or_is_right(spoil, x64):
     np.testing.assert_allclose(result.solution, x, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_whole_numbers(dtype, x64):
+    """Exactly orthogonal, equal and dependent columns, where what is left of a column may cancel or not."""
+    rng = np.random.default_rng(5)
+    A = rng.integers(-2, 3, (3000, 4, 3)).astype(dtype)
+    if dtype == "complex128":
+        A += 1j * rng.integers(-2, 3, A.shape)
+    A[0, :3], A[0, 3] = np.eye(3), 0
+    B = rng.integers(-2, 3, (3000, 4, 1)).astype(dtype)
+    exact = A.astype(np.result_type(dtype, np.float64))
+    s = np.linalg.svd(exact, compute_uv=False)
+    eps = np.finfo(dtype).eps
+    for driver in ("gelsy", "gelsd"):
+        result = lstsq(A, B, 1e-4, driver=driver)
+        assert (result.rank == (s > 1e-4 * s[:, :1]).sum(-1)).all()
+        x = np.linalg.pinv(exact, rcond=1e-4) @ B
+        assert (np.linalg.norm(result.solution - x, axis=1) <= 1e4 * eps).all()
+    assert abs(result.singular_values - s).max() <= 40 * eps * s.max()
+
+
+@pytest.mark.parametrize("n", [3, 8, 12, pytest.param(256, marks=pytest.mark.slow)])
+def test_columns_at_the_ends_of_the_range(n, x64):
+    """Everything is kept where rcond is 0, and no product of two sizes may overflow."""
+    rng = np.random.default_rng(6)
+    A = rng.standard_normal((2 * n + 8, n)) * np.logspace(-150, 150, n)
+    b = rng.standard_normal(2 * n + 8)
+    exact = scipy.linalg.lstsq(A, b, cond=0, lapack_driver="gelsy")[0]
+    result = lstsq(A, b, 0.0)
+    assert result.rank == n
+    np.testing.assert_allclose(result.solution, exact, rtol=1e-9)
+    tiny = np.diag(np.r_[np.ones(n - 1), 1e-20]).astype(np.float32)
+    np.testing.assert_allclose(
+        lstsq(tiny, np.ones(n, np.float32), 0.0).solution, 1 / np.diag(tiny), rtol=1e-6
+    )
+
+
 @pytest.mark.parametrize("driver", ["gelsy", "gelsd"])
 def test_vmap_over_rcond_reduces_once(driver, x64):
     A, B = jnp.ones((50, 20)).at[jnp.arange(20), jnp.arange(20)].add(3), jnp.ones((50, 1))

@@ -7,20 +7,22 @@ each other to working precision. Both take R^-1, which is at hand.
 import jax
 import jax.numpy as jnp
 
-from .._norms import frobenius, norm2_bound
+from .._norms import frobenius, norm2_bound, norm2_by_sums
 from .._numerics import abs2, largest
 
 # Rounding in R^-1 is kappa(R) eps relative, at most about 1/max(m, n) where the certificate can fire
 # at the default rcond; the margin covers it.
 _MARGIN = 0.9
-# Columns up to which the Frobenius norm is sharp enough, and from which double precision has room for it.
+# Columns up to which any norm is sharp enough, and from which double precision has room for a loose one.
 _FEW, _MANY = 8, 64
 
 
 def condition(r: jax.Array, inverse: jax.Array) -> jax.Array:
     """An upper bound of ||R|| ||R^-1||: sharp where that is cheap, or where eps leaves no room."""
     p = r.shape[-1]
-    if p > _FEW and (p <= _MANY or jnp.finfo(r.dtype).bits == 32):
+    if p <= _FEW:
+        return norm2_by_sums(r) * norm2_by_sums(inverse)
+    if p <= _MANY or jnp.finfo(r.dtype).bits == 32:
         return norm2_bound(r) * norm2_bound(inverse)
     return frobenius(r) * frobenius(inverse)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .._library import qr, triangle, triangular_solve
-from .._numerics import H, abs2, cond, identity_like, inverse_permutation, largest, mm, pick
+from .._numerics import H, abs2, cond, identity_like, inverse_permutation, largest, mm, pick, where_matrix
 from .condition_estimate import estimate_rank
 from .kept import Kept
 from .pivoted_qr import pivoted_at_once, pivoted_qr
@@ -33,17 +33,24 @@ def solve(r: jax.Array, rcond: jax.Array, c: jax.Array, adjoint: bool) -> tuple[
     columns, order = kept[..., None], inverse_permutation(perm)[..., None]
     both = kept[..., :, None] & kept[..., None, :]
     m = H(jnp.where(columns, rp, 0))
+    # Where nothing is dropped the pivoted triangle is all that is needed, and no product of two is formed.
+    full = kept.all(-1)
+    square = jnp.where(both, rp, identity_like(r))
     if adjoint:
+        y_full = jnp.take_along_axis(c, perm[..., None], axis=-2)
+        y_full = triangular_solve(square, triangular_solve(square, y_full, adjoint=True))
         # L^H, and W^H c with it
         augmented = triangle(jnp.concatenate([m, jnp.take_along_axis(c, perm[..., None], axis=-2)], axis=-1))
         lh, d = augmented[..., : r.shape[-1]], augmented[..., r.shape[-1] :]
         lh = jnp.where(both, lh, identity_like(r))
         y = triangular_solve(lh, jnp.where(columns, d, 0))
-        y = triangular_solve(jnp.where(both, rp, identity_like(r)), y)
+        y = triangular_solve(square, y)
     else:
+        y_full = triangular_solve(square, d)
         # The seminormal equations of the minimum-norm solution are as accurate as W (Paige 1973).
         lh = jnp.where(both, triangle(m), identity_like(r))
         y = mm(m, triangular_solve(lh, triangular_solve(lh, jnp.where(columns, d, 0), adjoint=True)))
+    y = where_matrix(full, y_full, y)
     return jnp.take_along_axis(y, order, axis=-2), kept.sum(-1)
 
 

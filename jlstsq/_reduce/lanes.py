@@ -121,7 +121,10 @@ def _rotate(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array
     cos = jnp.where(some, 1 / jnp.sqrt(1 + t**2), 1)
     sin = jnp.where(some, cos * t, 0).astype(x.dtype)
     cos = cos.astype(x.dtype)
-    y = y * (xy / unit.astype(xy.dtype)).conj() if jnp.iscomplexobj(x) else y * jnp.where(xy < 0, -1, 1)
+    if jnp.iscomplexobj(x):
+        y = y * jnp.where(some, xy / unit.astype(xy.dtype), 1).conj()
+    else:
+        y = y * jnp.where(xy < 0, -1, 1)
     return cos * x - sin * y, sin * x + cos * y, cosine
 
 
