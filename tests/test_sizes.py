@@ -86,7 +86,7 @@ MEMORY = [((10000, 50), "gelsy"), ((1000, 64, 32), "gelsd")]
     [
         pytest.param(shape, driver, marks=() if (shape, driver) in MEMORY else pytest.mark.slow)
         for shape in ((10000, 50), (30000, 20), (1000, 64, 32))
-        for driver in DRIVERS
+        for driver in DRIVERS[:3]  # gelss is gelsd on a CPU
     ],
     ids=str,
 )
