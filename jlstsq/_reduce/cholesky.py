@@ -158,6 +158,10 @@ def product(t: jax.Array, rows_apart: bool = False, dtype: Any = None) -> jax.Ar
         t = t.astype(dtype)
         return mm(H(t), t)
 
+    def apart(t):
+        rows = lax.optimization_barrier(H(t).astype(dtype))
+        return mm(rows, H(rows))
+
     def summed(t):
         whole = m // _BLOCK * _BLOCK
         blocks = t[:whole].reshape(-1, _BLOCK, p)
@@ -168,6 +172,9 @@ def product(t: jax.Array, rows_apart: bool = False, dtype: Any = None) -> jax.Ar
     if t.ndim > 2 and not rows_apart:
         t = t.astype(dtype)
         return lax.platform_dependent(t, cpu=lambda t: mm(lax.optimization_barrier(H(t)), t), default=plain)
+    if wider and t.ndim == 2 and rows_apart:
+        # Otherwise XLA converts T into the order that other uses of it prefer.
+        return apart(t)
     if wider and t.ndim == 2 and not rows_apart and m >= 4 * _ROWS:
         return blocked(t)
     if t.ndim == 2 and dtype == jnp.float64 and not rows_apart and p > 64:
