@@ -1,30 +1,17 @@
 """Both precisions: `x64` runs a test in float64, `precision` in each of the two.
 
-What takes time is compiling. So programs are compiled without LLVM's expensive passes and, on CPU, without
-XLA's MLIR emitters, which take a quarter of the time, save where that matters (the marker `optimised`). And
-`gelss`, on a CPU the program of gelsd, is slow.
+What takes time is compiling. So programs are compiled without LLVM's expensive passes and as `light` says, in
+a quarter of the time, save where that matters (the marker `optimised`). And `gelss`, on a CPU the program of
+gelsd, is slow.
 """
 
 import gc
 
 import jax
+import light
 import pytest
-from jax._src import compiler
 
-_compile_options = compiler.get_compile_options
-
-
-def _light(*args, **kwargs):
-    """JAX's compile options, and one whose only public name is XLA_FLAGS, for the whole process."""
-    options = _compile_options(*args, **kwargs)
-    if jax.config.read("jax_disable_most_optimizations") and jax.default_backend() == "cpu":
-        overrides = dict(options.env_option_overrides or ())
-        light = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
-        options.env_option_overrides = list((light | overrides).items())
-    return options
-
-
-compiler.get_compile_options = _light
+light.install()
 
 
 @pytest.fixture

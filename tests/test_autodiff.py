@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import light
 import numpy as np
 import pytest
 
@@ -160,3 +161,11 @@ def test_linear_solve_of_a_tree(used, x64):
                 results.append(jax.jit(lambda z, second=second: [f(z) for f in second])(args[moving]))
         results = results[: len(results) // 2], results[len(results) // 2 :]
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12), *results)
+
+
+@pytest.mark.cpu
+def test_light_compilation():
+    """What makes the tests fast is private to JAX: see `light`."""
+    before = len(light.counted)
+    assert jax.jit(lambda a: a + 1)(1) == 2
+    assert len(light.counted) > before
