@@ -37,10 +37,10 @@ def solve(r: jax.Array, rcond: jax.Array, c: jax.Array, adjoint: bool) -> tuple[
     full = kept.all(-1)
     square = jnp.where(both, rp, identity_like(r))
     if adjoint:
-        y_full = jnp.take_along_axis(c, perm[..., None], axis=-2)
-        y_full = triangular_solve(square, triangular_solve(square, y_full, adjoint=True))
+        c = jnp.take_along_axis(c, perm[..., None], axis=-2)
+        y_full = triangular_solve(square, triangular_solve(square, c, adjoint=True))
         # L^H, and W^H c with it
-        augmented = triangle(jnp.concatenate([m, jnp.take_along_axis(c, perm[..., None], axis=-2)], axis=-1))
+        augmented = triangle(jnp.concatenate([m, c], axis=-1))
         lh, d = augmented[..., : r.shape[-1]], augmented[..., r.shape[-1] :]
         lh = jnp.where(both, lh, identity_like(r))
         y = triangular_solve(lh, jnp.where(columns, d, 0))

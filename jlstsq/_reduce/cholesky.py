@@ -188,10 +188,10 @@ def factor(t: jax.Array, rows_apart: bool = False, explicit: bool = True) -> Gra
     Without R^-1 where that pays and it need not be explicit.
     """
     implicit = not explicit and t.ndim == 2 and t.shape[-1] >= _IMPLICIT
-    by = partial(_factor_implicitly if implicit else _factor, rows_apart)
+    plain = partial(_factor, rows_apart, False, implicit)
     if not in_double(t.shape, t.dtype):
-        return by(False, t)
-    return lax.platform_dependent(t, cpu=partial(by, True), default=partial(by, False))
+        return plain(t)
+    return lax.platform_dependent(t, cpu=partial(_factor, rows_apart, True, implicit), default=plain)
 
 
 def _scaled_product(rows_apart: bool, t: jax.Array, dtype: Any) -> tuple[jax.Array, ...]:
@@ -215,59 +215,8 @@ def _implicit_norm(triangle: jax.Array, d: jax.Array, steps: int) -> jax.Array:
     )
 
 
-def _factor_implicitly(rows_apart: bool, double: bool, t: jax.Array) -> Gram:
-    """Without R^-1, for one T, in double precision for a T in single precision or in its own."""
-    m, p = t.shape
-    real = jnp.finfo(t.dtype).dtype
-    with double_precision(t.dtype) if double else nullcontext(t.dtype) as wide:
-        unit, squares, d, positive = _scaled_product(rows_apart, t, wide)
-        low = cholesky(unit)
-        definite = positive & jnp.isfinite(jnp.diagonal(low).real).all()
-        triangle = where_matrix(definite, H(low / d[:, None].astype(wide)), identity_like(low))
-        inverse_norm = _implicit_norm(triangle, d, 2 * _STEPS if double else _STEPS)
-        contraction = _rounding(m, p, squares.dtype) * inverse_norm**2
-        if double:
-            # R in single precision, and substitution with it
-            contraction = contraction + _rounding_of_triangle(p, real) * inverse_norm
-        return _gram(
-            None,
-            triangle,
-            inverse_norm,
-            contraction,
-            largest(d) * inverse_norm,
-            definite,
-            squares,
-            (m, t.dtype, double),
-        )
-
-
-def _rounding_of_triangle(p: int, real: Any) -> float:
-    """A bound of the error of R^-1 c in single precision by |R^-1|, for unit columns."""
-    return (1 + p**0.5) * p**0.5 * float(jnp.finfo(real).eps)
-
-
-def _gram(inverse, triangle, inverse_norm, contraction, inverse_size, definite, squares, data) -> Gram:
-    """In the precision of the data; `inverse_size` is a bound of ||D R^-1||."""
-    m, dtype, double = data
-    real = jnp.finfo(dtype).dtype
-    # ||T|| is at most its Frobenius norm. The default rcond of many rows in single precision needs more.
-    size = norm2_bound(triangle) if double and triangle.ndim == 2 else jnp.sqrt(squares.sum(-1))
-    in_working_precision = squares.astype(real)
-    accepted = definite & in_range(m, in_working_precision) & (contraction <= _CONTRACTION)
-    return Gram(
-        inverse=None if inverse is None else inverse.astype(dtype),
-        triangle=triangle.astype(dtype),
-        inverse_norm=inverse_norm.astype(real),
-        contraction=contraction.astype(real),
-        condition=(size * inverse_size).astype(real),
-        accepted=accepted,
-        squares=in_working_precision,
-        precise=jnp.full_like(accepted, double),
-    )
-
-
-def _factor(rows_apart: bool, double: bool, t: jax.Array) -> Gram:
-    """The same, in double precision for a T in single precision or in its own."""
+def _factor(rows_apart: bool, double: bool, implicit: bool, t: jax.Array) -> Gram:
+    """The same, in double precision for a T in single precision or in its own; `implicit`: without R^-1."""
     m, p = t.shape[-2:]
     real = jnp.finfo(t.dtype).dtype
     with double_precision(t.dtype) if double else nullcontext(t.dtype) as wide:
@@ -276,18 +225,37 @@ def _factor(rows_apart: bool, double: bool, t: jax.Array) -> Gram:
         r = H(cholesky(unit))
         definite = positive & jnp.isfinite(jnp.diagonal(r, axis1=-2, axis2=-1).real).all(-1)
         r = where_matrix(definite, r, eye)
-        x = inverse(r)
-        # The sharper bound costs two products of triangles; single precision has no room for the other.
-        sharp = (t.ndim == 2 and m >= 8 * p) or (not double and jnp.finfo(real).bits == 32)
-        inverse_norm = norm2_bound(x) if sharp else frobenius(x)
+        triangle = r / d[..., None, :].astype(wide)
+        if implicit:
+            x = None
+            inverse_norm = loose = _implicit_norm(triangle, d, 2 * _STEPS if double else _STEPS)
+            inverse_size = largest(d) * inverse_norm
+        else:
+            x = inverse(r)
+            # The sharper bound costs two products of triangles; single precision has no room for the other.
+            sharp = (t.ndim == 2 and m >= 8 * p) or (not double and jnp.finfo(real).bits == 32)
+            loose = frobenius(x)
+            inverse_norm = norm2_bound(x) if sharp else loose
+            x = d[..., :, None].astype(wide) * x
+            inverse_size = jnp.minimum(largest(d) * inverse_norm, frobenius(x))
         contraction = _rounding(m, p, squares.dtype) * inverse_norm**2
         if double:
-            contraction = contraction + _rounding_of_triangle(p, real) * frobenius(x)
-        x = d[..., :, None].astype(wide) * x
-        triangle = r / d[..., None, :].astype(wide)
-        inverse_size = jnp.minimum(largest(d) * inverse_norm, frobenius(x))
-        return _gram(
-            x, triangle, inverse_norm, contraction, inverse_size, definite, squares, (m, t.dtype, double)
+            # R or R^-1 in single precision, and substitution or products with it
+            contraction = contraction + (1 + p**0.5) * p**0.5 * float(jnp.finfo(real).eps) * loose
+        # ||T|| is at most its Frobenius norm, ||D R^-1|| at most its own and ||D|| ||R^-1||. The default
+        # rcond of many rows in single precision needs more.
+        size = norm2_bound(triangle) if double and t.ndim == 2 else jnp.sqrt(squares.sum(-1))
+        in_working_precision = squares.astype(real)
+        accepted = definite & in_range(m, in_working_precision) & (contraction <= _CONTRACTION)
+        return Gram(
+            inverse=None if x is None else x.astype(t.dtype),
+            triangle=triangle.astype(t.dtype),
+            inverse_norm=inverse_norm.astype(real),
+            contraction=contraction.astype(real),
+            condition=(size * inverse_size).astype(real),
+            accepted=accepted,
+            squares=in_working_precision,
+            precise=jnp.full_like(accepted, double),
         )
 
 
