@@ -68,8 +68,10 @@ def linear_solve(matvec: Callable, b: Any, solve: Callable, transpose_solve: Cal
     return _tied(lax.custom_linear_solve(lambda z: _tied(matvec(_tied(z))), _tied(b), solve, transpose_solve))
 
 
-def choose(flags: jax.Array, common: Callable, rare: Callable, *operands: Any) -> Any:
+def choose(flags: jax.Array, common: Callable, rare: Callable | None, *operands: Any) -> Any:
     """`rare` of the operands where a flag of the batch is set, else `common`, both differentiable.
+
+    Without a rare one it is `common`.
 
     The operands have the batch dimensions `flags` (*batch) has. On CPU a large batch goes block by
     block, and each block takes its own branch. The derivative keeps the operands and nothing else:
@@ -86,12 +88,15 @@ def choose(flags: jax.Array, common: Callable, rare: Callable, *operands: Any) -
     # Inside shard_map all of one type: an operand that does not vary has its derivative summed outside.
     flags, operands = varying((flags, operands))
     # Each is needed in many places below; a jitted one is traced, and differentiated, once.
-    return _choose((jax.jit(common), jax.jit(rare)), flags, operands)
+    return _choose(tuple(jax.jit(f) for f in (common, rare) if f is not None), flags, operands)
 
 
 def _branch(flags: jax.Array, functions: Sequence[Callable], data: Any) -> Any:
     """The common or the rare function of the data, one for the whole batch."""
-    common, rare = functions
+    common, *others = functions
+    if not others:
+        return common(*data)
+    (rare,) = others
     return cond(any_of(flags), lambda: rare(*data), lambda: common(*data), data)
 
 

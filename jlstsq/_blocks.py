@@ -15,12 +15,12 @@ from ._numerics import varying
 _FEWEST, _ENTRIES = 8, 1 << 14
 
 
-def of_matrices(fun: Callable[..., tuple]) -> Callable[..., tuple]:
+def of_matrices(fun: Callable[..., tuple], fewest: int = _FEWEST) -> Callable[..., tuple]:
     """`fun`, whose first argument is T (*batch, m, p), in blocks of that batch."""
-    return lambda t, *args: in_blocks(fun, t.shape[:-2], t, *args)
+    return lambda t, *args: in_blocks(fun, t.shape[:-2], t, *args, fewest=fewest)
 
 
-def in_blocks(fun: Callable[..., tuple], batch: tuple, *args: jax.Array) -> tuple:
+def in_blocks(fun: Callable[..., tuple], batch: tuple, *args: jax.Array, fewest: int = _FEWEST) -> tuple:
     """`fun` of arrays with the leading dimensions `batch`, as its results have.
 
     What `fun` makes on the way, several arrays as large as the data, then stays in the cache, and its
@@ -32,7 +32,7 @@ def in_blocks(fun: Callable[..., tuple], batch: tuple, *args: jax.Array) -> tupl
     if not alike or not all(isinstance(d, int) for d in (*batch, *chain(*shapes))):
         return fun(*args)
     largest = max(math.prod(shape) for shape in shapes)
-    count, size = math.prod(batch), max(_FEWEST, _ENTRIES // max(1, largest))
+    count, size = math.prod(batch), max(fewest, _ENTRIES // max(1, largest))
     if count < 2 * size:
         return fun(*args)
 
@@ -50,7 +50,9 @@ def in_blocks(fun: Callable[..., tuple], batch: tuple, *args: jax.Array) -> tupl
             pairs = zip(out, new, strict=True)
             return tuple(lax.dynamic_update_slice_in_dim(o, n, first, 0) for o, n in pairs)
 
-        start: Any = tuple(jnp.zeros((count, *o.shape[1:]), o.dtype) for o in results)
+        # All of it is overwritten. Zeros would be one array for all loops, and each would copy it.
+        any_number = next(a.real.reshape(-1)[0] for a in reversed(flat) if a.size)
+        start: Any = tuple(jnp.full((count, *o.shape[1:]), any_number.astype(o.dtype)) for o in results)
         out = lax.fori_loop(0, -(-count // size), one, varying(start, args))
         return tuple(o.reshape(*batch, *o.shape[1:]) for o in out)
 

@@ -101,6 +101,7 @@ from ._numerics import (
 )
 from ._operator import Operator
 from ._reduce.cholesky import Gram
+from ._scaling import scale_columns
 
 
 class Factors(NamedTuple):
@@ -122,8 +123,8 @@ class Factors(NamedTuple):
     # (*batch) a power of two: everything else, and all results, are for `down` t in the place of T;
     # 1 where the Gram matrix is accepted
     down: jax.Array | None = None
-    # (v, y) of the right-hand sides that are solved for, where nothing is truncated
-    solved: tuple[jax.Array, jax.Array] | None = None
+    # (v, y) of the right-hand sides that are solved for, where nothing is truncated; v None: f - T y
+    solved: tuple[jax.Array | None, jax.Array] | None = None
 
     @property
     def wide(self) -> bool:
@@ -274,15 +275,15 @@ def augmented(problem: FullRank, f: jax.Array, g: jax.Array) -> tuple[jax.Array,
 def solved(problem: FullRank, f: jax.Array, g: jax.Array, v: jax.Array, y: jax.Array):
     """(v, y), found before, as the solution of `augmented`: to solve once more for its derivative is waste.
 
-    Without weights and ridge, and for F = T.
+    Without weights and ridge, and for F = T. And where g = 0, the squared residuals |v|^2.
     """
-    return v, y
+    return v, y, abs2(v).sum(-2)
 
 
 def _solved_rule(primals, tangents):
     problem, f, g, *_ = primals
     problem_dot, f_dot, g_dot, *_ = tangents
-    v, y = solved(*primals)
+    v, y, rho = solved(*primals)
     still = jax.custom_derivatives.SymbolicZero
     f_dot, g_dot = (
         jnp.zeros_like(a) if isinstance(a_dot, still) else a_dot for a, a_dot in ((f, f_dot), (g, g_dot))
@@ -290,7 +291,8 @@ def _solved_rule(primals, tangents):
     if not isinstance(problem_dot.f.t, still):
         moved = Operator(problem_dot.f.t, problem.f.down)
         f_dot, g_dot = f_dot - moved.times(y), g_dot - moved.adjoint_times(v)
-    return (v, y), augmented(problem, f_dot, g_dot)
+    # rho' of section 4 with D = 0, from the f' - T' y that is there: one product less with every v.
+    return (v, y, rho), (*augmented(problem, f_dot, g_dot), 2 * (v.conj() * f_dot).real.sum(-2))
 
 
 solved.defjvp(_solved_rule, symbolic_zeros=True)
@@ -475,7 +477,7 @@ class Problem(NamedTuple):
 
     full_rank: FullRank
     w: Any = None  # (*batch, n, p); None: it and E are the identity
-    solved: tuple[jax.Array, jax.Array] | None = None
+    solved: tuple[jax.Array | None, jax.Array] | None = None
 
     @property
     def t(self) -> Operator:
@@ -494,12 +496,6 @@ class Problem(NamedTuple):
         """D^H v."""
         d_v = self.t.adjoint_times(v)
         return d_v - mm(self.w, mm(H(self.oblique), d_v))
-
-    def augmented(self, f: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(v, y) of the right-hand sides that are solved for, known or not."""
-        if self.solved is None:
-            return augmented(self.full_rank, f, g)
-        return solved(self.full_rank, f, g, *self.solved)
 
 
 def _full(factors: Factors) -> Problem:
@@ -567,27 +563,35 @@ def with_problem(driver: str, fun: Callable[..., Any], factors: Factors, *operan
 
     if factors.wide:
         return truncated(factors, *operands)
-    if driver == "gels":
-        return whole(factors, *operands)
-    return choose(~factors.decision.full, whole, truncated, factors, *operands)
+    rare = None if driver == "gels" else truncated
+    return choose(~factors.decision.full, whole, rare, factors, *operands)
 
 
-def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool):
+def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool, *scaling: jax.Array):
     """The solution x = S b for right-hand sides b, and its squared residuals (None, where T is wide).
 
     Or, adjoint, S^H b (and None).
 
-    S = T_k^+ without a ridge, and S = w (F^H W F + ridge)^-1 F^H W in general.
+    S = T_k^+ without a ridge, and S = w (F^H W F + ridge)^-1 F^H W in general. `scaling` is that of
+    `scale_columns`: in here no scaled copy of b waits for its derivative.
     """
     wide = factors.wide
 
-    def apply(problem: Problem, b: jax.Array):
+    def apply(problem: Problem, b: jax.Array, *scaling):
+        b = scale_columns(b, *scaling) if scaling else b
         full_rank, w, _ = problem
         weights, f = full_rank.weights, full_rank.f
+        zero = f.zeros(b, rows=adjoint)
+        if problem.solved is not None:
+            v, y = problem.solved
+            if v is None:
+                v = lax.stop_gradient(b - f.times(y))
+            v, y, rho = solved(full_rank, *((zero, b) if adjoint else (b, zero)), v, y)
+            return (v, None) if adjoint else (y, rho)
         if adjoint:
-            v, _ = problem.augmented(f.zeros(b, rows=True), b if w is None else mm(H(w), b))
+            v, _ = augmented(full_rank, zero, b if w is None else mm(H(w), b))
             return weigh(weights, v), None
-        v, y = problem.augmented(b, f.zeros(b, rows=False))
+        v, y = augmented(full_rank, b, zero)
         x = y if w is None else mm(w, y)
         # D x is zero for the SVD, but not its derivative.
         d_v = None
@@ -596,7 +600,7 @@ def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool):
             d_v = None if wide else problem.dropped_adjoint(weigh(weights, v))
         return x, None if wide else squared_residual(problem.t, b, x, v, d_v, weights, full_rank.ridge)
 
-    return with_problem(driver, apply, factors, b)
+    return with_problem(driver, apply, factors, b, *scaling)
 
 
 def _onto_columns(full_rank: FullRank, rhs: jax.Array) -> jax.Array:
@@ -658,7 +662,7 @@ def _singular_triplets_rule(primals, tangents):
     omega_v = to_i * e + to_j * H(e)
     if jnp.iscomplexobj(t_dot):
         phase = lax.complex(jnp.zeros_like(s), diagonal.imag * inverse)
-        omega_u = omega_u + phase[..., None, :] * jnp.eye(s.shape[-1], dtype=e.dtype)
+        omega_u = omega_u + phase[..., None, :] * identity_like(e)
     u_dot = mm(u, omega_u) + (moved - mm(u, e)) * columns
     v_dot = mm(v, omega_v)
     if t.shape[-2] < t.shape[-1]:

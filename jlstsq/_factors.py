@@ -29,6 +29,7 @@ from ._numerics import (
 )
 from ._operator import Operator
 from ._reduce import cholesky, factors, lanes, orthonormal
+from ._scaling import scale_columns
 
 
 class Factored(NamedTuple):
@@ -42,18 +43,28 @@ class Factored(NamedTuple):
     up: jax.Array  # (*batch) the scale of T, 1 where the Gram matrix is accepted
     down: jax.Array  # (*batch) and its inverse
     finite: jax.Array  # (*batch) bool
-    solved: tuple[jax.Array, jax.Array]  # v (*batch, m, k) and y (*batch, p, k), where nothing is truncated
+    # v (*batch, m, k) and y (*batch, p, k), where nothing is truncated
+    solved: tuple[jax.Array | None, jax.Array]
 
     def factors(self, t: jax.Array) -> Factors:
         """With the differentiable T."""
         return Factors(t, self.q, self.r, self.cut, gram=self.gram, down=self.down, solved=self.solved)
 
 
-def _by_gram(shape: tuple, dtype) -> bool:
-    return cholesky.worthwhile(shape, dtype) and not lanes.worthwhile(shape)
+def _by_gram(t: jax.Array) -> bool:
+    return cholesky.worthwhile(t.shape, t.dtype) and not lanes.worthwhile(t.shape)
 
 
-def _factorise(driver: str, adjoint: bool, t: jax.Array, rcond: jax.Array, b: jax.Array) -> Factored:
+def _factorise(
+    driver: str,
+    adjoint: bool,
+    t: jax.Array,
+    rcond: jax.Array,
+    b: jax.Array,
+    b_down: jax.Array,
+    b_finite: jax.Array,
+) -> Factored:
+    b = scale_columns(b, b_down, b_finite)
     f = jnp.zeros((*t.shape[:-1], b.shape[-1]), t.dtype) if adjoint else b
     g = b if adjoint else None
 
@@ -63,7 +74,7 @@ def _factorise(driver: str, adjoint: bool, t: jax.Array, rcond: jax.Array, b: ja
         regular = where_matrix(decision.full & decision.usable, r, identity_like(r))
         return q, r, decision, FullRank(Operator(t), q, regular).solve(f, g)
 
-    if not _by_gram(t.shape, t.dtype):
+    if not _by_gram(t):
         largest, finite = largest_entry(t, (-2, -1))
         up, down = power_of_two(largest)
         q, r = orthonormal(scaled(t, down))
@@ -101,27 +112,34 @@ def _factorise(driver: str, adjoint: bool, t: jax.Array, rcond: jax.Array, b: ja
 
 @cache
 def factorise(driver: str, adjoint: bool) -> Callable[..., Factored]:
-    """(T, rcond, b) -> `Factored` for T (*batch, m, p) of any scale and b with columns of order one.
+    """(T, rcond, b, b_down, b_finite) -> `Factored` for T (*batch, m, p) and b of any scale.
 
-    The right-hand sides are b for T, or for its adjoint.
+    The right-hand sides are b, its columns scaled, for T or for its adjoint.
     """
 
-    def call(t, rcond, b):
+    def call(t, rcond, b, b_down, b_finite):
         leaf: Any = 0
         gram = cholesky.Gram(*[leaf] * len(cholesky.Gram._fields))._replace(inverse=None, triangle=None)
-        gram = gram if _by_gram(t.shape, t.dtype) else None
+        gram = gram if _by_gram(t) else None
         cut = Cut(*[leaf] * len(Cut._fields))._replace(pivots=leaf if driver == "gelsy" else None)
-        structure = jax.tree.structure(Factored(leaf, leaf, cut, gram, leaf, leaf, leaf, (leaf, leaf)))
+        # To compute the residuals of many right-hand sides anew costs less than to keep them.
+        keep = adjoint or b.shape[-1] <= t.shape[-1]
+        solution = leaf if keep else None, leaf
+        structure = jax.tree.structure(Factored(leaf, leaf, cut, gram, leaf, leaf, leaf, solution))
 
-        def leaves(t, rcond, b):
-            out = _factorise(driver, adjoint, t, rcond, b)
+        def leaves(*data):
+            out = _factorise(driver, adjoint, *data)
             # A batch's triangles are large: `r` has the one that is needed of each.
             slim = out.gram and out.gram._replace(inverse=None, triangle=None)
-            return tuple(jax.tree.leaves(out._replace(gram=slim)))
+            v, y = out.solved
+            return tuple(jax.tree.leaves(out._replace(gram=slim, solved=(v if keep else None, y))))
 
-        columns_out = (False,) * (structure.num_leaves - 2) + (True, True)
-        batched = native_batch(of_matrices(leaves), 2, columns_out)
-        out = jax.tree.unflatten(structure, batched(t, rcond, b))
+        columns = len(jax.tree.leaves(solution))
+        columns_out = (False,) * (structure.num_leaves - columns) + (True,) * columns
+        # Many right-hand sides make blocks small; lanes are to be filled all the same.
+        in_blocks = of_matrices(leaves, lanes.LANES) if lanes.worthwhile(t.shape) else of_matrices(leaves)
+        batched = native_batch(in_blocks, 2, columns_out)
+        out = jax.tree.unflatten(structure, batched(t, rcond, b, b_down, b_finite))
         return out._replace(gram=out.gram and out.gram._replace(inverse=out.r))
 
     return call

@@ -140,7 +140,7 @@ def inverse(r: jax.Array) -> jax.Array:
     pad = (size << levels) - p
     if pad:
         r = jnp.pad(r, [(0, 0)] * (r.ndim - 2) + [(0, pad), (0, pad)])
-        r = r + jnp.diag((jnp.arange(p + pad) >= p).astype(r.dtype))
+        r = r + jnp.broadcast_to(jnp.diag((jnp.arange(p + pad) >= p).astype(r.dtype)), r.shape)
 
     def blocks(step: int, right: int) -> jax.Array:
         """Blocks of the current size at every step-th diagonal place, `right` places off it."""

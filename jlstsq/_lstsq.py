@@ -14,7 +14,7 @@ from ._factorization import factorize
 from ._factors import factorise, triplets
 from ._numerics import H, abs2, varying
 from ._result import LstsqResult
-from ._scaling import Scales, good, scale_columns, unscale
+from ._scaling import Scales, column_scales, good, unscale
 from ._values import values
 
 
@@ -125,10 +125,12 @@ def lstsq(
 
 def _differentiable(driver: str, wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):
     """The same as `values`, written so that JAX can differentiate it to any order."""
-    b, b_size, b_finite = scale_columns(b)
-    factored = lax.stop_gradient(factorise(driver, wide)(lax.stop_gradient(t), rcond, lax.stop_gradient(b)))
+    b_size, b_finite = column_scales(b)
+    scaling = b_size[1], b_finite
+    data = lax.stop_gradient((t, rcond, b))
+    factored = lax.stop_gradient(factorise(driver, wide)(*data, *scaling))
     factors = factored.factors(t)
-    x, rho = derivative.solve(driver, factors, b, adjoint=wide)
+    x, rho = derivative.solve(driver, factors, b, wide, *scaling)
     scales = Scales((factored.up, factored.down), b_size, factored.finite, b_finite)
     s = jnp.zeros(factored.r.shape[:-1], factored.up.dtype)
     if driver in ("gelsd", "gelss"):

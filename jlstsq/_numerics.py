@@ -56,10 +56,11 @@ def reflector(x: jax.Array, j: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     # Nothing to reflect: H_j = I, as in LAPACK. A complex pivot is still made real.
     trivial = (tail == 0) & (alpha.imag == 0) if jnp.iscomplexobj(x) else tail == 0
     trivial = trivial | nothing
+    elsewhere = trivial[None] & (rows != j)
     tau = jnp.where(trivial, 0, (beta - alpha) / jnp.where(trivial, 1, beta))
     pivot = jnp.where(trivial, 1, alpha - beta)
     v = jnp.where(rows == j, 1, below / pivot[None])
-    return jnp.where(trivial & (rows != j), 0, v), tau, jnp.where(nothing, 0, jnp.where(trivial, alpha, beta))
+    return jnp.where(elsewhere, 0, v), tau, jnp.where(nothing, 0, jnp.where(trivial, alpha, beta))
 
 
 def in_double(shape: tuple[int, ...], dtype: Any) -> bool:
@@ -118,10 +119,15 @@ def transposed(q: jax.Array, r: jax.Array) -> jax.Array:
     return q.reshape(*q.shape[:-1], r.shape[-1], q.shape[-1] // r.shape[-1])
 
 
+def indices(a: jax.Array) -> jax.Array:
+    """0, 1, ... along the last axis of the integers a, and of their shape."""
+    return lax.broadcasted_iota(a.dtype, a.shape, a.ndim - 1)
+
+
 def inverse_permutation(perm: jax.Array) -> jax.Array:
     """The inverse of permutations (*batch, p) of few numbers: comparing all is faster than to sort."""
-    index = jnp.arange(perm.shape[-1], dtype=perm.dtype)
-    return jnp.where(perm[..., None, :] == index[:, None], index, 0).sum(-1)
+    index = indices(perm)
+    return jnp.where(perm[..., None, :] == index[..., :, None], index[..., None, :], 0).sum(-1)
 
 
 def where_matrix(condition: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

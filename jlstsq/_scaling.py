@@ -4,7 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from ._blocks import in_blocks
 from ._numerics import largest_entry, power_of_two, scale_by, scaled
 
 
@@ -24,15 +26,20 @@ def scale(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, Scales]:
     """
     t_largest, t_finite = largest_entry(t, (-2, -1))
     t_size = power_of_two(t_largest)
-    b, b_size, b_finite = scale_columns(b)
+    b_size, b_finite = column_scales(b)
+    b = scale_columns(b, b_size[1], b_finite)
     return scaled(t, t_size[1]), b, Scales(t_size, b_size, t_finite, b_finite)
 
 
-def scale_columns(b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
-    """B with entries of order one in every column, the scales and their inverses, and where b is finite."""
-    largest, finite = largest_entry(b, -2)
-    size = power_of_two(largest)
-    return jnp.where(finite[..., None, :], b, 0) * size[1][..., None, :].astype(b.dtype), size, finite
+def column_scales(b: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """The scales of B's columns and their inverses, and where b is finite."""
+    largest, finite = in_blocks(lambda b: largest_entry(b, -2), b.shape[:-2], lax.stop_gradient(b))
+    return power_of_two(largest), finite
+
+
+def scale_columns(b: jax.Array, down: jax.Array, finite: jax.Array) -> jax.Array:
+    """B with entries of order one in every column, those with NaN or Inf zero."""
+    return jnp.where(finite[..., None, :], b, 0) * down[..., None, :].astype(b.dtype)
 
 
 def unscale(scales: Scales, x, rho, rank, s, good):

@@ -103,7 +103,7 @@ def _in_blocks(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.A
     """The same; a hard matrix sends only its own block into the careful path."""
     solve = partial(_values, driver, wide)
     # Lanes have blocks of their own, and thresholds alone may have a longer batch.
-    if lanes.worthwhile(t.shape) or rcond.shape != t.shape[:-2]:
+    if lanes.worthwhile(t.shape, b.shape) or rcond.shape != t.shape[:-2]:
         return solve(t, rcond, b)
     return of_matrices(solve)(t, rcond, b)
 

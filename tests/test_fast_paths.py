@@ -153,9 +153,9 @@ def test_accepted_gradients_are_right(shape, precision, monkeypatch):
 
     without_q = gradients()
     rhs = np.broadcast_to(b[:, None], (len(A), len(b), 1))
-    accepted = factorise("gels", not tall)(
-        jnp.asarray(A if tall else A.mT), jnp.zeros(len(A), dtype), jnp.asarray(rhs)
-    ).gram.accepted
+    unscaled = np.ones((len(A), 1), dtype), np.ones((len(A), 1), bool)
+    factored = factorise("gels", not tall)(A if tall else A.mT, np.zeros(len(A), dtype), rhs, *unscaled)
+    accepted = factored.gram.accepted
     assert np.asarray(accepted)[:3].all()
     assert not np.asarray(accepted)[-1]
     jax.clear_caches()

@@ -271,3 +271,20 @@ def test_vmap_over_nothing(driver, shape):
     assert jax.vmap(lambda A, b: lstsq(A, b, driver=driver))(A, b).solution.shape == (0, shape[1])
     gradient = jax.grad(lambda A: jax.vmap(lambda A, b: lstsq(A, b, driver=driver).solution)(A, b).sum())
     assert gradient(A).shape == A.shape
+
+
+# Small matrices, the Gram matrix, a wide one, LU, a batch in lanes, blocks.
+@pytest.mark.parametrize("shape", [(9, 3), (60, 20), (5, 30), (120, 120), (4, 8, 3), (40, 60, 20)])
+@pytest.mark.parametrize("driver", SHARED)
+def test_no_rank_is_promoted(shape, driver, x64):
+    A, B = data(shape, (*shape[:-1], 2))
+
+    def value(A, B):
+        result = lstsq(A, B, driver=driver)
+        return result.solution.sum() + result.residuals.sum() + (result.singular_values**2).sum()
+
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(jax.value_and_grad(value, (0, 1)), A, B)
+        jax.eval_shape(jax.vmap(value), A[None], B[None])
+        if shape[-1] == 3:
+            jax.eval_shape(jax.hessian(value), A, B)

@@ -13,7 +13,18 @@ import jax
 import jax.numpy as jnp
 
 from .._library import qr, triangle, triangular_solve
-from .._numerics import H, abs2, cond, identity_like, inverse_permutation, largest, mm, pick, where_matrix
+from .._numerics import (
+    H,
+    abs2,
+    cond,
+    identity_like,
+    indices,
+    inverse_permutation,
+    largest,
+    mm,
+    pick,
+    where_matrix,
+)
 from .condition_estimate import estimate_rank
 from .kept import Kept
 from .pivoted_qr import pivoted_at_once, pivoted_qr
@@ -80,11 +91,10 @@ def _pivoted(r: jax.Array, rcond: jax.Array, c: jax.Array) -> tuple[jax.Array, .
     column has more than rcond smax left.
     """
     p = r.shape[-1]
-    index = jnp.arange(p)
 
     def decided(rp, d, perm):
         rank, size = estimate_rank(rp, rcond)
-        return (rp, d, perm, index < rank[..., None]), size
+        return (rp, d, perm, indices(perm) < rank[..., None]), size
 
     def one_by_one():
         stop = rcond * largest(jnp.sqrt(abs2(r).sum(-2)))
@@ -107,14 +117,13 @@ def _pivoted(r: jax.Array, rcond: jax.Array, c: jax.Array) -> tuple[jax.Array, .
 
 def _factors(u: jax.Array, rp: jax.Array, perm: jax.Array, kept: jax.Array) -> Kept:
     """The kept part of R P = U Rp."""
-    p = rp.shape[-1]
     rows, columns = kept[..., :, None], kept[..., None, :]
-    eye = jnp.eye(p, dtype=rp.dtype)
+    eye = identity_like(rp)
     # Zero columns stay zero under Householder reflections, so a QR factorisation of the masked
     # [R11 R12]^H is that of its first `rank` columns.
     w, lh = qr(H(jnp.where(rows, rp, 0)))
     w = jnp.take_along_axis(w, inverse_permutation(perm)[..., None], axis=-2)
-    e = (jnp.arange(p, dtype=perm.dtype)[:, None] == perm[..., None, :]) & columns
+    e = (indices(perm)[..., :, None] == perm[..., None, :]) & columns
     return Kept(
         e=e.astype(rp.dtype),
         r=jnp.where(rows & columns, rp, eye),

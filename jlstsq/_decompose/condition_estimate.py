@@ -56,7 +56,8 @@ def estimate_rank(r: jax.Array, rcond: jax.Array) -> tuple[jax.Array, jax.Array]
         going = going & (sest[1] > rcond * sest[0])
         size = jnp.where(going, sest[0], size)
         # x -> [s x; c]
-        return rank + going.astype(int), going, size, sest, s.conj()[:, None] * y + c.conj()[:, None] * r[j]
+        y = s.conj()[:, None] * y + c.conj()[:, None] * r[j][None]
+        return rank + going.astype(int), going, size, sest, y
 
     # y = x^H R for every column of R at once
     y = jnp.broadcast_to(r[0], (2, p))

@@ -21,7 +21,7 @@ from jax import lax
 
 from .._library import lu, triangle
 from .._norms import random
-from .._numerics import H, abs2, cond, inverse_permutation, mm, power_of_two, reflector, varying
+from .._numerics import H, abs2, cond, indices, inverse_permutation, mm, power_of_two, reflector, varying
 
 Factors = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -77,7 +77,7 @@ def _loop(a: jax.Array, c: jax.Array, stop: jax.Array) -> Factors:
         row = mm(vj.conj(), a) - mm(mm(vj.conj(), v), H(f))
         v = v.at[:, j].set(vj)
         f = f.at[:, j].set((jnp.conj(tau) * row).conj())
-        c = c - (jnp.conj(tau) * vj)[:, None] * mm(vj.conj(), c)
+        c = c - (jnp.conj(tau) * vj)[:, None] * mm(vj.conj(), c)[None]
         place = place.at[pivot].set(jnp.where(going, j, place[pivot]))
 
         # Columns that have been pivots have the norm -1.
@@ -103,7 +103,7 @@ def _loop(a: jax.Array, c: jax.Array, stop: jax.Array) -> Factors:
         v, f, out, c, place, norms, lost = each(advance)(now, j, a, v, f, out, c, place, norms, exact_norms)
 
         def recomputed():
-            below = index > j[..., None]
+            below = indices(place) > j[..., None]
             fresh = jnp.sqrt(jnp.where(below[..., None], abs2(a - mm(v, H(f))), 0).sum(-2))
             return jnp.where(lost, fresh, norms), jnp.where(lost, fresh, exact_norms)
 

@@ -71,5 +71,5 @@ def _kept(s: jax.Array, rcond: jax.Array) -> jax.Array:
 def _factors(u: jax.Array, s: jax.Array, v: jax.Array, kept: jax.Array) -> Kept:
     """The kept part of R = U diag(s) V^H."""
     w = jnp.where(kept[..., None, :], v, 0)
-    diagonal = jnp.where(kept, s, 1)[..., None, :].astype(u.dtype) * jnp.eye(s.shape[-1], dtype=u.dtype)
+    diagonal = jnp.where(kept, s, 1)[..., None, :].astype(u.dtype) * identity_like(u)
     return Kept(e=w, r=diagonal, u=jnp.where(kept[..., None, :], u, 0), l=diagonal, w=w, kept=kept)

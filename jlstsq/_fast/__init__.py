@@ -34,7 +34,7 @@ class Attempt(NamedTuple):
 
 def attempt(driver: str, adjoint: bool, t: jax.Array, b: jax.Array) -> Attempt | None:
     """T^+ b, or T^+H b, or None where no fast path is likely to help."""
-    if lanes.worthwhile(t.shape) and lanes.worthwhile(b.shape):
+    if lanes.worthwhile(t.shape, b.shape):
         # One so small is done by the library before many operations have started.
         if t.ndim == 2:
             return None

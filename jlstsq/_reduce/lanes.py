@@ -19,17 +19,17 @@ from .._numerics import abs2, largest, largest_entry, materialized, power_of_two
 
 # A block stays in the cache, and small: XLA on CPU (jax 0.10.2) gives wrong numbers for a fused
 # product and sum over 8192 float32 lanes or more.
-_LANES = 256
+LANES = 256
 _SWEEPS = 16
 # Loops over so few columns are unrolled. On GPU more would save kernels, but what `materialized` is for was
 # seen there before it was made: singular values of 8 x 3 wrong by 0.2 where three rotations were unrolled.
 _UNROLLED = 2
 
 
-def worthwhile(shape: tuple) -> bool:
-    """Whether matrices of this shape are small; symbolic dimensions are large."""
-    known = all(isinstance(d, int) for d in shape)
-    return known and shape[-1] <= 8 and shape[-1] * shape[-2] <= 64
+def worthwhile(*shapes: tuple) -> bool:
+    """Whether matrices of these shapes are small; symbolic dimensions are large."""
+    known = all(isinstance(d, int) for shape in shapes for d in shape)
+    return known and all(shape[-1] <= 8 and shape[-1] * shape[-2] <= 64 for shape in shapes)
 
 
 class Lanes(NamedTuple):
@@ -56,7 +56,7 @@ def _reflect(j: Any, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x = w[:, j]
     v, tau, beta = reflector(x, j)
     row = jnp.where(columns > j, (v.conj()[:, None] * w).sum(0), 0)
-    w = w - v[:, None] * (jnp.conj(tau) * row)
+    w = w - v[:, None] * (jnp.conj(tau)[None] * row)[None]
     column = jnp.where(rows == j, beta, jnp.where(rows < j, x, 0))
     return w.at[:, j].set(column), v, tau
 
@@ -72,7 +72,7 @@ def _unit(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     What is left of a column after some reflections may be eps times smaller, and is squared.
     """
     up, down = power_of_two(largest_entry(w, 0)[0])
-    return w * down.astype(w.dtype), up
+    return w * down.astype(w.dtype)[None], up
 
 
 def _factor(t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -88,13 +88,13 @@ def _factor(t: jax.Array) -> tuple[jax.Array, jax.Array]:
     def backward(step, q):
         j = p - 1 - step
         v = vectors[j]
-        return q - v[:, None] * (taus[j] * (v.conj()[:, None] * q).sum(0))
+        return q - v[:, None] * (taus[j][None] * (v.conj()[:, None] * q).sum(0))[None]
 
     start = w, jnp.zeros((p, w.shape[0], w.shape[2]), w.dtype), jnp.zeros(w.shape[1:], w.dtype)
     w, vectors, taus = _loop(p, forward, start, t)
     eye = jnp.broadcast_to(jnp.eye(*w.shape[:2], dtype=w.dtype)[..., None], w.shape)
     q = _loop(p, backward, eye, t)
-    return jnp.moveaxis(q, -1, 0), jnp.moveaxis(w[:p] * up.astype(w.dtype), -1, 0)
+    return jnp.moveaxis(q, -1, 0), jnp.moveaxis(w[:p] * up.astype(w.dtype)[None], -1, 0)
 
 
 def _substitute(r: jax.Array, c: jax.Array, adjoint: bool = False) -> jax.Array:
@@ -104,7 +104,7 @@ def _substitute(r: jax.Array, c: jax.Array, adjoint: bool = False) -> jax.Array:
 
     def row(step, x):
         i = step if adjoint else p - 1 - step
-        return x.at[i].set((c[i] - (a[i][:, None] * x).sum(0)) / a[i, i])
+        return x.at[i].set((c[i] - (a[i][:, None] * x).sum(0)) / a[i, i][None])
 
     return _loop(p, row, jnp.zeros_like(c), r, c)
 
@@ -119,12 +119,12 @@ def _rotate(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array
     zeta = (yy - xx) / (2 * unit)
     t = jnp.where(zeta >= 0, 1, -1) / (abs(zeta) + jnp.sqrt(1 + zeta**2))
     cos = jnp.where(some, 1 / jnp.sqrt(1 + t**2), 1)
-    sin = jnp.where(some, cos * t, 0).astype(x.dtype)
-    cos = cos.astype(x.dtype)
+    sin = jnp.where(some, cos * t, 0).astype(x.dtype)[None]
+    cos = cos.astype(x.dtype)[None]
     if jnp.iscomplexobj(x):
-        y = y * jnp.where(some, xy / unit.astype(xy.dtype), 1).conj()
+        y = y * jnp.where(some, xy / unit.astype(xy.dtype), 1).conj()[None]
     else:
-        y = y * jnp.where(xy < 0, -1, 1)
+        y = y * jnp.where(xy < 0, -1, 1)[None]
     return cos * x - sin * y, sin * x + cos * y, cosine
 
 
@@ -174,7 +174,7 @@ def _block(adjoint: bool, spectrum: bool, t: jax.Array, b: jax.Array) -> Lanes:
     columns = jnp.sqrt(abs2(r).sum(0))
     if adjoint:
         y = _substitute(r, _substitute(r, b / rows, adjoint=True))
-        x = (t[:, :, None] * y).sum(1)
+        x = (t[:, :, None] * y[None]).sum(1)
         rho = jnp.zeros(b.shape[1:], columns.dtype)
     else:
         x = _substitute(r, w[:p, p:]) / rows
@@ -185,8 +185,8 @@ def _block(adjoint: bool, spectrum: bool, t: jax.Array, b: jax.Array) -> Lanes:
     s, converged = jnp.zeros_like(columns), jnp.ones(t.shape[-1:], bool)
     if spectrum:
         size = d.max(0)
-        s, converged = _singular_values(r * (d / size).astype(r.dtype))
-        s = s * size
+        s, converged = _singular_values(r * (d / size[None]).astype(r.dtype)[None])
+        s = s * size[None]
     out = Lanes(
         solution=x,
         residuals=rho,
@@ -202,13 +202,13 @@ def _block(adjoint: bool, spectrum: bool, t: jax.Array, b: jax.Array) -> Lanes:
 def _over_blocks(fun: Callable, *args: jax.Array) -> Any:
     """`fun` of the leading axis of its arguments, on CPU block by block."""
     n = args[0].shape[0]
-    if n <= _LANES:
+    if n <= LANES:
         return fun(*args)
 
     def cpu(*args):
-        blocks = -(-n // _LANES)
+        blocks = -(-n // LANES)
         padded = (
-            jnp.pad(a, ((0, blocks * _LANES - n), (0, 0), (0, 0))).reshape(blocks, _LANES, *a.shape[1:])
+            jnp.pad(a, ((0, blocks * LANES - n), (0, 0), (0, 0))).reshape(blocks, LANES, *a.shape[1:])
             for a in args
         )
         out = lax.map(lambda block: fun(*block), tuple(padded))

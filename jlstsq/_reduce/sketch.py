@@ -116,7 +116,7 @@ def precondition(
     dependent = (~nothing | (jnp.diagonal(gram).real <= (_LEFT * rounding) ** 2)).all()
     truncated = False if rcond is None else (rcond >= _TRUNCATED * rounding).all()
     dependent = dependent & (truncated | ~nothing.any())
-    r2 = H(cholesky(jnp.where(nothing[:, None] | nothing, eye, gram)))
+    r2 = H(cholesky(jnp.where(nothing[:, None] | nothing[None], eye, gram)))
     definite = jnp.isfinite(r2).all()
     r2 = where_matrix(definite, r2, eye)
     r2_inverse = inverse(r2)
