@@ -13,8 +13,8 @@ from jax import lax
 
 from . import _fast as fast
 from ._blocks import of_matrices
-from ._decompose import solve_decided
-from ._numerics import abs2, cond, mm, native_batch, where_matrix
+from ._decompose import solve_decided, solve_truncated
+from ._numerics import abs2, cond, identity_like, mm, native_batch, where_matrix
 from ._reduce import lanes, project, triangle
 from ._scaling import good, scale, unscale
 
@@ -45,9 +45,14 @@ def _careful(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arr
     t_scaled, b, scales = scale(t, b)
     down = scales.t_size[1]
     cut = None if driver == "gels" else rcond
+    none = jnp.zeros((*b.shape[:-2], b.shape[-1]), scales.b_size[0].dtype)
+    if fast.by_lu(t.shape) and driver != "gels":
+        # Of a square matrix that was refused the driver's own decomposition is next; QR first is waste.
+        safe = where_matrix(scales.t_finite, t_scaled, identity_like(t_scaled))
+        x, rank, s = solve_truncated(driver, False, safe, rcond, b)
+        return unscale(scales, x, none, rank, s, good(driver, scales, rcond, scales.t_finite))
     if wide:
-        r, c = triangle(t, down, cut), b
-        tail = jnp.zeros((*b.shape[:-2], b.shape[-1]), scales.b_size[0].dtype)
+        r, c, tail = triangle(t, down, cut), b, none
     else:
         r, c, tail = project(t, b, down, cut)
     y, rank, usable, s = solve_decided(driver, wide, r, rcond, scales.t_finite, c)
