@@ -15,6 +15,7 @@ from ._factors import factorise, triplets
 from ._numerics import H, abs2, varying
 from ._result import LstsqResult
 from ._scaling import Scales, column_scales, good, unscale
+from ._sharding import automatic, explicit_mesh
 from ._values import values
 
 
@@ -90,6 +91,9 @@ def lstsq(
     A, B = arguments.check_array(A, "A"), arguments.check_array(B, "B")
     arguments.check_matrix(A)
     dtypes = arguments.common_dtypes(A, B)
+    mesh = explicit_mesh(A, B, rcond, weights, ridge)
+    if mesh is not None:
+        return _on_explicit_mesh(mesh, driver, A, B, rcond, weights, ridge)
     if weights is not None or ridge is not None:
         A = A.astype(dtypes.result)
         return factorize(A, rcond, driver=driver, weights=weights, ridge=ridge).lstsq(B)
@@ -121,6 +125,15 @@ def lstsq(
         rank=jnp.zeros((0,), int) if driver == "gels" else rank,
         singular_values=s.astype(real) if driver in ("gelsd", "gelss") else none,
     )
+
+
+def _on_explicit_mesh(mesh: Any, driver: str, A, B, *more) -> LstsqResult:
+    def call(A, B, rcond, weights, ridge):
+        return lstsq(A, B, rcond, driver=driver, weights=weights, ridge=ridge)
+
+    without = (jax.ShapeDtypeStruct(a.shape, a.dtype) if a is not None else None for a in (A, B, *more))
+    vector = arguments.is_vector(A.shape, B)
+    return automatic(call, mesh, jax.eval_shape(call, *without), vector, A, B, *more)
 
 
 def _differentiable(driver: str, wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):

@@ -1,8 +1,6 @@
 """vmap, jit, scan, checkpoint, export: the same results, and the same cost."""
 
 import functools
-import subprocess
-import sys
 
 import jax
 import jax.export
@@ -190,44 +188,6 @@ def test_extreme_scales(driver, precision):
         if exponent_b - exponent_a > low:
             scaled = np.ldexp(x.astype(np.float64), exponent_a - exponent_b)
             np.testing.assert_allclose(scaled, expected, rtol=1e3 * info.eps)
-
-
-SHARDED = """
-import os
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-import jax
-import numpy as np
-from jax.sharding import AxisType, PartitionSpec
-from jlstsq import lstsq
-
-jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_disable_most_optimizations", True)
-mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
-rng = np.random.default_rng(0)
-for shape in ((4, 6, 3), (4, 40, 12)):
-    A, B = rng.standard_normal(shape), rng.standard_normal(shape[:-1])
-    A[1, :, 0] = A[1, :, 1]
-    for driver in ("gels", "gelsy", "gelsd"):
-        value = lambda A, B: lstsq(A, B, driver=driver)[:2]
-        gradient = jax.grad(lambda A, B: (value(A, B)[0] ** 2).sum())
-        for fun in (value, gradient):
-            spec = PartitionSpec("x")
-            sharded = jax.jit(jax.shard_map(fun, mesh=mesh, in_specs=(spec, spec), out_specs=spec))
-            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9), sharded(A, B), fun(A, B))
-        # One of the two replicated: its gradient is summed over the devices.
-        gradient = jax.grad(lambda A, B: (value(A, B)[0] ** 2).sum(), (0, 1))
-        specs = (spec, PartitionSpec())
-        sharded = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=specs))
-        pairs = zip(sharded(A, B[0]), gradient(A, B[0]), strict=True)
-        # gels: NaN from the dependent element, in the sum of both
-        assert all(np.allclose(x, y, rtol=1e-9, atol=1e-12, equal_nan=True) for x, y in pairs)
-"""
-
-
-@pytest.mark.slow
-def test_shard_map():
-    """A batch over two devices, with its checks of varying axes; devices are counted at start."""
-    subprocess.run([sys.executable, "-c", SHARDED], check=True, timeout=900)
 
 
 @pytest.mark.parametrize("shape", [pytest.param((22, 4), marks=pytest.mark.slow), (9, 7)], ids=str)
