@@ -70,6 +70,5 @@ def automatic(
         _named(mesh, entry if result.shape != (0,) else [])
         for entry, result in zip(axes, shapes, strict=True)
     ]
-    return jax.sharding.auto_axes(fun, axes=mesh.explicit_axes, out_sharding=LstsqResult._make(out))(
-        a, b, *args
-    )
+    solve: Any = jax.sharding.auto_axes(fun, axes=mesh.explicit_axes, out_sharding=LstsqResult._make(out))
+    return solve(a, b, *args)
