@@ -112,7 +112,10 @@ def resolve_rcond(rcond: Any, shape: tuple, dtype: Any) -> jax.Array:
     if rcond is None:
         # Beyond 1 / eps rows the product would call every matrix zero; xGELSD treats such values as eps.
         default = eps * max(m, n)
-        return jnp.full(batch, default if default < 1 else eps, real)
+        if isinstance(default, float):
+            return jnp.full(batch, default if default < 1 else eps, real)
+        # an array, where the dimension is symbolic
+        return jnp.full(batch, jnp.where(default < 1, default, eps), real)
     value = jax.lax.stop_gradient(_per_matrix(rcond, "rcond", tuple(batch), "A", real))
     return jnp.where(value < 0, eps, value)
 

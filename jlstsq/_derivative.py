@@ -224,7 +224,9 @@ class FullRank(NamedTuple):
         if self.weights is None and self.ridge is None:
             left = c if self.left is None else mm(self.left, c)
             v = f - mm(self.qt.mT, left)
-            if f.shape[-2] > _MANY and jnp.finfo(f.dtype).bits == 32:
+            m = f.shape[-2]
+            many = not isinstance(m, int) or m > _MANY
+            if many and jnp.finfo(f.dtype).bits == 32:
                 c = self.project(v) - small
                 left = c if self.left is None else mm(self.left, c)
                 v, y = v - mm(self.qt.mT, left), y + triangular_solve(self.r, c)

@@ -248,3 +248,19 @@ def test_no_rank_is_promoted(shape, driver, x64):
         jax.eval_shape(jax.vmap(value), A[None], B[None])
         if shape[-1] == 3:
             jax.eval_shape(jax.hessian(value), A, B)
+
+
+@pytest.mark.parametrize("driver", SHARED)
+@pytest.mark.parametrize("gradient", [False, True], ids=["value", "gradient"])
+def test_export_of_any_number_of_rows(driver, gradient, precision):
+    """A symbolic dimension, at the default rcond."""
+    dtype = np.float64 if precision else np.float32
+
+    def value(A, b):
+        return lstsq(A, b, driver=driver).solution.sum()
+
+    fun = jax.jit(jax.grad(value) if gradient else value)
+    (m,) = jax.export.symbolic_shape("m", constraints=["m >= 5"])
+    exported = jax.export.export(fun)(*(jax.ShapeDtypeStruct(s, dtype) for s in ((m, 5), (m,))))
+    A, b = (a.astype(dtype) for a in data((30, 5), (30,)))
+    np.testing.assert_allclose(exported.call(A, b), fun(A, b), rtol=1e-5, atol=1e-6)
