@@ -33,7 +33,7 @@ def in_blocks(fun: Callable[..., tuple], batch: tuple, *args: jax.Array, fewest:
         return fun(*args)
     largest = max(math.prod(shape) for shape in shapes)
     count, size = math.prod(batch), max(fewest, _ENTRIES // max(1, largest))
-    if count < 2 * size:
+    if count < 2 * size or not largest:
         return fun(*args)
 
     traced_once = jax.jit(fun)

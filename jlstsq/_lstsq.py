@@ -93,7 +93,7 @@ def lstsq(
     dtypes = arguments.common_dtypes(A, B)
     mesh = explicit_mesh(A, B, rcond, weights, ridge)
     if mesh is not None:
-        return _on_explicit_mesh(mesh, driver, A, B, rcond, weights, ridge)
+        return _on_explicit_mesh(mesh, driver, A, B, weights, rcond, ridge)
     if weights is not None or ridge is not None:
         A = A.astype(dtypes.result)
         return factorize(A, rcond, driver=driver, weights=weights, ridge=ridge).lstsq(B)
@@ -127,13 +127,16 @@ def lstsq(
     )
 
 
-def _on_explicit_mesh(mesh: Any, driver: str, A, B, *more) -> LstsqResult:
-    def call(A, B, rcond, weights, ridge):
+def _on_explicit_mesh(mesh: Any, driver: str, A, B, weights, rcond, ridge) -> LstsqResult:
+    def call(A, B, weights, rcond, ridge):
         return lstsq(A, B, rcond, driver=driver, weights=weights, ridge=ridge)
 
-    without = (jax.ShapeDtypeStruct(a.shape, a.dtype) if a is not None else None for a in (A, B, *more))
-    vector = arguments.is_vector(A.shape, B)
-    return automatic(call, mesh, jax.eval_shape(call, *without), vector, A, B, *more)
+    given = A, B, weights, rcond, ridge
+    without = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), given)
+    shapes = jax.eval_shape(call, *without)
+    batch = jnp.broadcast_shapes(A.shape[:-2], () if weights is None else weights.shape[:-1])
+    vector = arguments.is_vector((*batch, *A.shape[-2:]), B)
+    return automatic(call, mesh, shapes, vector, *given)
 
 
 def _differentiable(driver: str, wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):

@@ -9,14 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ._result import LstsqResult
 
 
 def explicit_mesh(*arguments: Any) -> Any:
-    """The mesh with explicit axes that one of the arguments (arrays, None) lies on, or None."""
-    meshes = (jax.typeof(a).sharding.mesh for a in arguments if a is not None)
+    """The mesh with explicit axes that one of the arguments lies on, or None."""
+    meshes = (jax.typeof(a).sharding.mesh for a in arguments if isinstance(a, jax.Array))
     return next((mesh for mesh in meshes if mesh.explicit_axes), None)
 
 
@@ -55,13 +56,17 @@ def automatic(
     vector: bool,
     a: jax.Array,
     b: jax.Array,
+    weights: jax.Array | None,
     *args: Any,
 ) -> LstsqResult:
-    """`fun` of A, B and more, with results of these shapes."""
+    """`fun` of A, B, the weights and more, with results of these shapes."""
     core = 1 if vector else 2
-    of_a, of_b = _axes(a), _axes(b)
-    batch_a, columns = of_a[:-2], of_b[-1:]
-    batch = _joined(batch_a, of_b[:-core], shapes.solution.shape[:-core], [a.shape[:-2], b.shape[:-core]])
+    of_a, of_b = _axes(a)[:-2], _axes(b)
+    of_w, batch_w = ([], ()) if weights is None else (_axes(weights)[:-1], weights.shape[:-1])
+    matrices = jnp.broadcast_shapes(a.shape[:-2], batch_w)
+    batch_a = _joined(of_a, of_w, matrices, [a.shape[:-2], batch_w])
+    batch = _joined(batch_a, of_b[:-core], shapes.solution.shape[:-core], [matrices, b.shape[:-core]])
+    columns = of_b[-1:]
     solution = [*batch, None] if vector else [*batch, None, *columns]
     residuals = [*batch, None] if vector else [*batch, *columns]
     axes = [solution, residuals, batch_a, [*batch_a, None]]
@@ -71,4 +76,4 @@ def automatic(
         for entry, result in zip(axes, shapes, strict=True)
     ]
     solve: Any = jax.sharding.auto_axes(fun, axes=mesh.explicit_axes, out_sharding=LstsqResult._make(out))
-    return solve(a, b, *args)
+    return solve(a, b, weights, *args)

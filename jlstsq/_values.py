@@ -13,7 +13,7 @@ from jax import lax
 
 from . import _fast as fast
 from ._blocks import of_matrices
-from ._decompose import solve_decided, solve_truncated
+from ._decompose import solve_decided, svd
 from ._numerics import abs2, cond, identity_like, mm, native_batch, where_matrix
 from ._reduce import lanes, project, triangle
 from ._scaling import good, scale, unscale
@@ -46,10 +46,11 @@ def _careful(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arr
     down = scales.t_size[1]
     cut = None if driver == "gels" else rcond
     none = jnp.zeros((*b.shape[:-2], b.shape[-1]), scales.b_size[0].dtype)
-    if fast.by_lu(t.shape) and driver != "gels":
-        # Of a square matrix that was refused the driver's own decomposition is next; QR first is waste.
+    if fast.by_lu(t.shape) and driver in ("gelsd", "gelss"):
+        # Of a square matrix that was refused the SVD is next; QR first is waste. Not so for gelsy, whose
+        # pivots in noise would be others than those of R, which its derivative has.
         safe = where_matrix(scales.t_finite, t_scaled, identity_like(t_scaled))
-        x, rank, s = solve_truncated(driver, False, safe, rcond, b)
+        x, rank, s = svd.solve(safe, rcond, driver, b, adjoint=False)
         return unscale(scales, x, none, rank, s, good(driver, scales, rcond, scales.t_finite))
     if wide:
         r, c, tail = triangle(t, down, cut), b, none

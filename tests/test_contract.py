@@ -202,3 +202,17 @@ def test_names_and_values_do_not_recompile():
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("shape", [(40000, 9, 9), (300, 5, 2), (300, 2, 5), (7, 30, 10)], ids=str)
+@pytest.mark.parametrize("driver", ["gels", "gelsd"])
+def test_no_right_hand_sides(shape, driver):
+    """Also in batches that are solved in blocks or in lanes."""
+    A, B = jnp.zeros(shape), jnp.zeros((*shape[:-1], 0))
+
+    def solution(A, B):
+        return lstsq(A, B, driver=driver).solution
+
+    assert jax.eval_shape(solution, A, B).shape == (shape[0], shape[2], 0)
+    gradient = jax.eval_shape(jax.grad(lambda A, B: solution(A, B).sum(), (0, 1)), A, B)
+    assert [g.shape for g in gradient] == [A.shape, B.shape]

@@ -70,6 +70,26 @@ def test_rank_at_a_gap(gap, x64):
     assert (lstsq(q @ A[:10], np.ones((10, 64)), gap**-0.5).rank == 40).all()
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("rcond", [100, 300, 1000])
+def test_rank_in_a_slope(rcond, x64):
+    """A spectrum cut just above rounding errors: values, derivative and xGELSY agree (but on ties)."""
+    rng = np.random.default_rng(7)
+    s, rcond = np.logspace(0, -17, 100), rcond * np.finfo(float).eps
+    A = np.stack([problems.with_spectrum(rng, 100, 100, s) for _ in range(20)])
+    b = rng.standard_normal((20, 100))
+    result = lstsq(A, b, rcond)
+    theirs = [scipy.linalg.lstsq(*ab, cond=rcond, lapack_driver="gelsy")[2] for ab in zip(A, b, strict=True)]
+    assert (result.rank != np.array(theirs)).sum() <= 1
+
+    def solution(A):
+        result = lstsq(A, b, rcond)
+        return result.solution.sum(), result.rank
+
+    (_, rank), _ = jax.jit(jax.value_and_grad(solution, has_aux=True))(A)
+    assert (rank != result.rank).sum() <= 1
+
+
 @pytest.mark.parametrize("shape", [(90, 40), (40, 90)], ids=["tall", "wide"])
 def test_gelsy_of_many_columns(shape, x64):
     """Truncated: the solution is gelsd's, the gradient that of differences within matrices of this rank."""

@@ -64,6 +64,9 @@ for shape_a, shape_b, spec_a, spec_b, spec in cases if every else cases[:3:2]:
             close(jax.vmap(value)(*data), jax.vmap(value)(A, B))
         more = dict(weights=np.full(shape_a[-2], 2.0), ridge=0.1, driver="gels")
         close(lstsq(*data, **more), lstsq(A, B, **more))
+        # A batch that only the weights have.
+        more["weights"] = rng.uniform(1, 2, (3, *[1] * (max(A.ndim, B.ndim) - 2), A.shape[-2]))
+        close(lstsq(*data, **more), lstsq(A, B, **more))
 """
 
 
@@ -74,10 +77,10 @@ def test_explicit_mesh(every):
 
 
 ROWS = """
-A, b = rng.standard_normal((20000, 8)), rng.standard_normal(20000)
 rows = NamedSharding(mesh, PartitionSpec("x"))
-data = jax.device_put((A, b), rows)
-for driver in ("gels", "gelsd"):
+for p, driver in ((3, "gels"), (8, "gels"), (8, "gelsd")):
+    A, b = rng.standard_normal((20000, p)), rng.standard_normal((20000, 5))
+    data = jax.device_put((A, b), rows)
     gradient = jax.grad(lambda A, b: lstsq(A, b, driver=driver).solution.sum(), (0, 1))
     for fun in (lambda A, b: lstsq(A, b, driver=driver), gradient):
         compiled = jax.jit(fun).lower(*data).compile()

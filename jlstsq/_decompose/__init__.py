@@ -94,25 +94,18 @@ def solve_decided(
     def whole():
         return y, rank, s if driver == "gelsy" else svd.values(safe, driver)
 
-    def otherwise():
-        kept, rank, values = solve_truncated(driver, adjoint, r, rcond, c)
+    def truncated():
         if driver == "gelsy":
+            kept, rank = complete_orthogonal.solve(r, rcond, c, adjoint)
             values = s
-        elif rcond.ndim:  # a neighbour's truncation must not change them in the last digit
-            values = svd.values(safe, driver)
+        else:
+            kept, rank, values = svd.solve(r, rcond, driver, c, adjoint)
+            if rcond.ndim:  # a neighbour's truncation must not change them in the last digit
+                values = svd.values(safe, driver)
         return where_matrix(full, y, kept), jnp.where(full, p, rank), values
 
-    y, rank, s = cond(full.all(), whole, otherwise, r, rcond, c)
+    y, rank, s = cond(full.all(), whole, truncated, r, rcond, c)
     return y, rank, usable, s
-
-
-def solve_truncated(
-    driver: str, adjoint: bool, r: jax.Array, rcond: jax.Array, c: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same by the driver's own decomposition, of any square R without NaN and Inf."""
-    if driver == "gelsy":
-        return *complete_orthogonal.solve(r, rcond, c, adjoint), jnp.zeros(r.shape[:-1], rcond.dtype)
-    return svd.solve(r, rcond, driver, c, adjoint)
 
 
 def _certify(driver: str, r: jax.Array, rcond: jax.Array, ok: jax.Array):

@@ -33,6 +33,8 @@ from .pivoted_qr import pivoted_at_once, pivoted_qr
 _FEW = 31
 # Units of rounding, per column, that are nothing.
 _NOTHING = 10.0
+# What is dropped, relative to the last that is kept, where the pivots do not matter.
+_GAP = 0.01
 
 
 def solve(r: jax.Array, rcond: jax.Array, c: jax.Array, adjoint: bool) -> tuple[jax.Array, jax.Array]:
@@ -107,7 +109,10 @@ def _pivoted(r: jax.Array, rcond: jax.Array, c: jax.Array) -> tuple[jax.Array, .
     dropped = ~(kept[..., :, None] | kept[..., None, :])
     left = largest(jnp.sqrt(jnp.where(dropped, abs2(rp), 0).sum(-2)))
     nothing = jnp.minimum(rcond, _NOTHING * p * float(jnp.finfo(size.dtype).eps))
-    believed = left <= nothing * size
+    # In the middle of a slope it is not: what is kept has to end well above.
+    diagonal = abs(jnp.diagonal(rp, axis1=-2, axis2=-1))
+    last = jnp.where(kept, diagonal, jnp.inf).min(-1)
+    believed = left <= jnp.minimum(nothing * size, _GAP * last)
 
     def otherwise():
         return jax.tree.map(partial(pick, believed), at_once, one_by_one())

@@ -121,13 +121,24 @@ def finite(t: jax.Array, squares: jax.Array) -> jax.Array:
     return lax.platform_dependent(t, cpu=where_needed, default=looked_for)
 
 
+def _block(m: int) -> int:
+    """Terms of a sum that are added up before the sums are.
+
+    About `_BLOCK`, and such that m is a multiple and its blocks many times even in number, where there is
+    such a number: rows that are sharded over devices then stay where they are.
+    """
+    divisors = [d for d in range(_BLOCK // 2, 2 * _BLOCK + 1) if m % d == 0]
+    return max(divisors, key=lambda d: (m // d) & -(m // d), default=_BLOCK)
+
+
 def _rounding(m: int, p: int, dtype: Any) -> float:
     """A bound of the error of R^H R in norm, for unit columns: sums of m terms, then of p.
 
     Sums in blocks, and with the probabilistic bound min(n, 4 sqrt(n)) eps / 2 for the error of n
     operations (Higham and Mary 2019, SIAM J. Sci. Comput. 41).
     """
-    operations = min(m, _BLOCK + m / _BLOCK) + 4 * (p + 1)
+    block = _block(m) if p <= _FEW else _BLOCK
+    operations = min(m, block + m / block) + 4 * (p + 1)
     return p * min(operations, 4 * operations**0.5) * float(jnp.finfo(dtype).eps) / 2
 
 
@@ -163,9 +174,10 @@ def product(t: jax.Array, rows_apart: bool = False, dtype: Any = None) -> jax.Ar
         return mm(rows, H(rows))
 
     def summed(t):
-        whole = m // _BLOCK * _BLOCK
-        blocks = t[:whole].reshape(-1, _BLOCK, p)
-        return plain(blocks).sum(0) + plain(t[whole:])
+        block = _block(m)
+        whole = m // block * block
+        total = plain(t[:whole].reshape(-1, block, p)).sum(0)
+        return total if whole == m else total + plain(t[whole:])
 
     if t.ndim == 2 and p <= _FEW and m > _BLOCK:
         return summed(t)

@@ -212,7 +212,7 @@ def _over_blocks(fun: Callable, *args: jax.Array) -> Any:
             for a in args
         )
         out = lax.map(lambda block: fun(*block), tuple(padded))
-        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], out)
+        return jax.tree.map(lambda a: a.reshape(blocks * LANES, *a.shape[2:])[:n], out)
 
     return lax.platform_dependent(*args, cpu=cpu, default=fun)
 
