@@ -78,7 +78,7 @@ def test_explicit_mesh(every):
 
 ROWS = """
 rows = NamedSharding(mesh, PartitionSpec("x"))
-for p, driver in ((3, "gels"), (8, "gels"), (8, "gelsd")):
+for p, driver in ((3, "gels"), (8, "gelsd")):
     A, b = rng.standard_normal((20000, p)), rng.standard_normal((20000, 5))
     data = jax.device_put((A, b), rows)
     gradient = jax.grad(lambda A, b: lstsq(A, b, driver=driver).solution.sum(), (0, 1))
