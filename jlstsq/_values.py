@@ -46,7 +46,7 @@ def _careful(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arr
     down = scales.t_size[1]
     cut = None if driver == "gels" else rcond
     none = jnp.zeros((*b.shape[:-2], b.shape[-1]), scales.b_size[0].dtype)
-    if fast.by_lu(t.shape) and driver in ("gelsd", "gelss"):
+    if fast.lu.worthwhile(t.shape) and driver in ("gelsd", "gelss"):
         # Of a square matrix that was refused the SVD is next; QR first is waste. Not so for gelsy, whose
         # pivots in noise would be others than those of R, which its derivative has.
         safe = where_matrix(scales.t_finite, t_scaled, identity_like(t_scaled))

@@ -41,7 +41,7 @@ def pivoted_at_once(a: jax.Array, c: jax.Array) -> Factors:
 def pivots(a: jax.Array) -> jax.Array:
     """The permutation for A (*batch, rows, p), from the random mixture.
 
-    S = G_1 (x) G_2, small random matrices: as good, and rows / sqrt(rows) times as cheap to apply.
+    S = G_1 (x) G_2, small random matrices: applied by products with sqrt(rows) instead of p rows.
     """
     *batch, rows, p = a.shape
     u = math.isqrt(rows - 1) + 1

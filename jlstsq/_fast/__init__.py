@@ -41,14 +41,9 @@ def attempt(driver: str, adjoint: bool, t: jax.Array, b: jax.Array) -> Attempt |
         return _by_lanes(driver, adjoint, t, b)
     if cholesky.worthwhile(t.shape, t.dtype):
         return _by_gram(driver, adjoint, t, b)
-    if by_lu(t.shape):
+    if lu.worthwhile(t.shape):
         return _by_lu(driver, t, b)
     return None
-
-
-def by_lu(shape: tuple) -> bool:
-    """Whether matrices of this shape are solved by elimination, where it is as good."""
-    return lu.worthwhile(shape)
 
 
 def full_rank(attempt: Attempt, rcond: jax.Array) -> jax.Array:
