@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from . import _lanes as lanes
 from ._blocks import of_matrices
 from ._decompose import Cut, certificate, cut, svd, uncut
 from ._derivative import Factors, FullRank
@@ -28,7 +29,7 @@ from ._numerics import (
     where_matrix,
 )
 from ._operator import Operator
-from ._reduce import cholesky, factors, lanes, orthonormal
+from ._reduce import cholesky, factors, orthonormal
 from ._scaling import scale_columns
 
 

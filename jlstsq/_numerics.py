@@ -144,11 +144,16 @@ def largest(a: jax.Array, axis: Any = -1) -> jax.Array:
 
 
 def largest_entry(a: jax.Array, axis: int | tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """The largest modulus (max norm of re, im), 0 where not all entries are finite, and whether they are."""
+    """The largest modulus (max norm of re, im), 0 where not all entries are finite, and whether they are.
+
+    From plain maxima, minima and sums of squares: XLA on CPU reads the data for those, where it would
+    write their moduli first. A maximum may lose NaN (see `largest`), a sum of squares does not.
+    """
     a = lax.stop_gradient(a)
-    size = jnp.maximum(abs(a.real), abs(a.imag)) if jnp.iscomplexobj(a) else abs(a)
-    maximum = largest(size, axis)
-    finite = jnp.isfinite(maximum)
+    parts = (a.real, a.imag) if jnp.iscomplexobj(a) else (a,)
+    extremes = [e for part in parts for e in (part.max(axis, initial=0), -part.min(axis, initial=0))]
+    maximum = jnp.stack(extremes).max(0)
+    finite = jnp.isfinite(maximum) & ~jnp.isnan(abs2(a).sum(axis))
     return jnp.where(finite, maximum, 0), finite
 
 

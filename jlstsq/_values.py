@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _fast as fast
+from . import _lanes as lanes
 from ._blocks import of_matrices
 from ._decompose import solve_decided, svd
 from ._numerics import abs2, cond, identity_like, mm, native_batch, where_matrix
-from ._reduce import lanes, project, triangle
+from ._reduce import project, triangle
 from ._scaling import good, scale, unscale
 
 Answer = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -67,20 +68,19 @@ def _careful(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arr
 
 def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Array) -> Answer:
     careful = partial(_careful, driver, wide, t, rcond, b)
-    attempt = fast.attempt(driver, wide, t, b)
+    attempt = fast.attempt(driver, wide, t, b, rcond)
     if attempt is None:
         return careful()
     gels = driver == "gels"
-    proven = attempt.solved if gels else attempt.solved & fast.full_rank(attempt, rcond)
-    proven = jnp.broadcast_to(proven, rcond.shape)
+    proven = attempt.solved & attempt.decided
 
     def fast_answer() -> Answer:
         real = attempt.residuals.dtype
-        exists = attempt.t_finite & attempt.usable if gels else attempt.t_finite
+        exists = attempt.t_finite & (attempt.usable if gels else ~jnp.isnan(rcond))
         nan = jnp.where(exists[..., None] & attempt.b_finite, 1, jnp.nan).astype(real)
         x = attempt.solution * nan[..., None, :].astype(t.dtype)
         rho = attempt.residuals * nan
-        rank = jnp.where(attempt.t_finite, t.shape[-1], 0)
+        rank = jnp.where(attempt.t_finite, attempt.rank, 0)
         s = jnp.zeros((*attempt.t_finite.shape, t.shape[-1]), real)
         if driver in ("gelsd", "gelss"):
             s = jnp.where(attempt.t_finite[..., None], attempt.singular_values(), jnp.nan)
@@ -101,6 +101,8 @@ def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arra
             jnp.where(attempt.solved[..., None], s, careful_s),
         )
 
+    if attempt.certain:
+        return fast_answer()
     # A single matrix has no neighbours: nothing of the attempt is kept, nor computed for it.
     return cond(proven.all(), fast_answer, careful_answer if rcond.ndim else careful, t, rcond, b)
 
@@ -108,10 +110,11 @@ def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arra
 def _in_blocks(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Array) -> Answer:
     """The same; a hard matrix sends only its own block into the careful path."""
     solve = partial(_values, driver, wide)
-    # Lanes have blocks of their own, and thresholds alone may have a longer batch.
-    if lanes.worthwhile(t.shape, b.shape) or rcond.shape != t.shape[:-2]:
+    # Thresholds alone may have a longer batch.
+    if rcond.shape != t.shape[:-2]:
         return solve(t, rcond, b)
-    return of_matrices(solve)(t, rcond, b)
+    fewest = {"fewest": 4 * lanes.LANES} if lanes.worthwhile(t.shape, b.shape) else {}
+    return of_matrices(solve, **fewest)(t, rcond, b)
 
 
 @cache

@@ -19,9 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .. import _lanes as lanes
 from .._library import lu, triangle
 from .._norms import random
 from .._numerics import H, abs2, cond, indices, inverse_permutation, mm, power_of_two, reflector, varying
+
+# Columns, real and complex, up to which one by one is faster in lanes, on CPU and for batches.
+_LANES = 6, 8
 
 Factors = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -61,6 +65,15 @@ def pivoted_qr(a: jax.Array, c: jax.Array, stop: jax.Array | None = None) -> Fac
     Where no column of a matrix has a norm above its `stop` (*batch) left, what is left is not made
     triangular, but cut off below the diagonal.
     """
+    if lanes.few(a, *_LANES) and lanes.worthwhile(c.shape):
+        # `stop` saves nothing there.
+        return lax.platform_dependent(
+            a, c, cpu=lanes.pivoted_qr, default=lambda a, c: _one_by_one(a, c, stop)
+        )
+    return _one_by_one(a, c, stop)
+
+
+def _one_by_one(a: jax.Array, c: jax.Array, stop: jax.Array | None) -> Factors:
     *batch, p, _ = a.shape
     flat_a, flat_c = (x.reshape(math.prod(batch), p, x.shape[-1]) if batch else x for x in (a, c))
     limit = jnp.full(batch, -1.0, jnp.finfo(a.dtype).dtype) if stop is None else stop

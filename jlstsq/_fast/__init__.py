@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from .._decompose import certificate, svd
+from .._lanes import worthwhile as small
 from .._numerics import abs2, largest_entry, where_matrix
 from .._operator import Operator
-from .._reduce import cholesky, lanes
-from . import lu, seminormal
+from .._reduce import cholesky
+from . import lanes, lu, seminormal
 
 
 class Attempt(NamedTuple):
@@ -24,31 +25,38 @@ class Attempt(NamedTuple):
 
     solution: jax.Array  # (*batch, p or m, k)
     residuals: jax.Array  # (*batch, k), squared norms; zero for the adjoint problem
+    rank: jax.Array  # (*batch)
     condition: jax.Array  # (*batch) a bound of ||T|| ||T^+||
     usable: jax.Array  # (*batch) bool: where gels has an answer
     solved: jax.Array  # (*batch) bool: True also where T holds NaN or Inf, so that nothing is to be found
+    decided: jax.Array  # (*rcond's batch) bool: whether it is proven that the driver has this rank; the same
+    certain: bool  # known before the numbers are: solved and decided everywhere
     t_finite: jax.Array  # (*batch) bool
     b_finite: jax.Array  # (*batch, k) bool
     singular_values: Callable[[], jax.Array]  # () -> (*batch, p)
 
 
-def attempt(driver: str, adjoint: bool, t: jax.Array, b: jax.Array) -> Attempt | None:
-    """T^+ b, or T^+H b, or None where no fast path is likely to help."""
-    if lanes.worthwhile(t.shape, b.shape):
+def attempt(driver: str, adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array) -> Attempt | None:
+    """T^+ b, or T^+H b, or None where no fast path is likely to help.
+
+    rcond may have more leading dimensions than T and b.
+    """
+    if small(t.shape, b.shape):
         # One so small is done by the library before many operations have started.
         if t.ndim == 2:
             return None
-        return _by_lanes(driver, adjoint, t, b)
+        return _by_lanes(driver, adjoint, t, b, rcond)
     if cholesky.worthwhile(t.shape, t.dtype):
-        return _by_gram(driver, adjoint, t, b)
+        return _by_gram(driver, adjoint, t, b, rcond)
     if lu.worthwhile(t.shape):
-        return _by_lu(driver, t, b)
+        return _by_lu(driver, t, b, rcond)
     return None
 
 
-def full_rank(attempt: Attempt, rcond: jax.Array) -> jax.Array:
-    """Whether it is proven that no driver truncates at rcond; True where T holds NaN or Inf."""
-    return certificate.full_rank(attempt.condition, rcond) | ~attempt.t_finite
+def _nothing_truncated(driver: str, condition: jax.Array, t_finite: jax.Array, rcond: jax.Array) -> jax.Array:
+    """Whether it is proven that the driver truncates nothing at rcond; True where T holds NaN or Inf."""
+    proven = jnp.ones_like(t_finite) if driver == "gels" else certificate.full_rank(condition, rcond)
+    return jnp.broadcast_to(proven | ~t_finite, rcond.shape)
 
 
 def _in_range(t: jax.Array, b: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -60,7 +68,7 @@ def _in_range(t: jax.Array, b: jax.Array, squares: jax.Array) -> tuple[jax.Array
     return in_range, cholesky.finite(t, squares), b_finite
 
 
-def _by_gram(driver: str, adjoint: bool, t: jax.Array, b: jax.Array) -> Attempt:
+def _by_gram(driver: str, adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array) -> Attempt:
     factor = cholesky.factor(t, rows_apart=adjoint, explicit=False)
     in_range, t_finite, b_finite = _in_range(t, b, factor.squares)
     if adjoint:
@@ -72,16 +80,19 @@ def _by_gram(driver: str, adjoint: bool, t: jax.Array, b: jax.Array) -> Attempt:
     return Attempt(
         solution=x,
         residuals=rho,
+        rank=jnp.full(t_finite.shape, t.shape[-1]),
         condition=factor.condition,
         usable=jnp.ones_like(t_finite),
         solved=(factor.accepted & in_range & done.all(-1)) | ~t_finite,
+        decided=_nothing_truncated(driver, factor.condition, t_finite, rcond),
+        certain=False,
         t_finite=t_finite,
         b_finite=b_finite,
         singular_values=lambda: svd.values(cholesky.triangle(t, factor), driver),
     )
 
 
-def _by_lu(driver: str, t: jax.Array, b: jax.Array) -> Attempt:
+def _by_lu(driver: str, t: jax.Array, b: jax.Array, rcond: jax.Array) -> Attempt:
     squares = abs2(t).sum(-2)
     in_range, t_finite, b_finite = _in_range(t, b, squares)
     inverse = lu.solve(t, b, squares)
@@ -92,29 +103,42 @@ def _by_lu(driver: str, t: jax.Array, b: jax.Array) -> Attempt:
     return Attempt(
         solution=inverse.solution,
         residuals=jnp.zeros((*t.shape[:-2], b.shape[-1]), squares.dtype),
+        rank=jnp.full(t_finite.shape, t.shape[-1]),
         condition=inverse.condition,
         usable=jnp.ones_like(t_finite),
         solved=solved | ~t_finite,
+        decided=_nothing_truncated(driver, inverse.condition, t_finite, rcond),
+        certain=False,
         t_finite=t_finite,
         b_finite=b_finite,
         singular_values=lambda: svd.values(where_matrix(t_finite, t, jnp.zeros_like(t)), driver),
     )
 
 
-def _by_lanes(driver: str, adjoint: bool, t: jax.Array, b: jax.Array) -> Attempt:
+def _by_lanes(driver: str, adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array) -> Attempt:
+    spectrum = driver in ("gelsd", "gelss")
+    if spectrum:
+        # Thresholds alone may have a longer batch; what is truncated depends on them.
+        t, b = (jnp.broadcast_to(a, (*rcond.shape, *a.shape[-2:])) for a in (t, b))
     batch = t.shape[:-2]
     size = math.prod(batch)
     flat_t, flat_b = (a.reshape(size, *a.shape[-2:]) for a in (t, b))
-    flat = lanes.solve(adjoint, driver in ("gelsd", "gelss"), flat_t, flat_b)
+    flat = lanes.solve(adjoint, flat_t, flat_b, rcond.reshape(size) if spectrum else None)
     out = lanes.Lanes(*(a.reshape(*batch, *a.shape[1:]) for a in flat))
-    in_range, t_finite, b_finite = _in_range(t, b, out.squares)
+    if spectrum:
+        decided = jnp.ones_like(out.t_finite)
+    else:
+        decided = _nothing_truncated(driver, out.condition, out.t_finite, rcond)
     return Attempt(
         solution=out.solution,
         residuals=out.residuals,
+        rank=out.rank,
         condition=out.condition,
         usable=certificate.independent(out.dependence),
-        solved=(in_range & out.converged) | ~t_finite,
-        t_finite=t_finite,
-        b_finite=b_finite,
+        solved=jnp.ones_like(out.t_finite),
+        decided=decided,
+        certain=driver != "gelsy",
+        t_finite=out.t_finite,
+        b_finite=out.b_finite,
         singular_values=lambda: out.singular_values,
     )

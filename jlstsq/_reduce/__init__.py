@@ -10,8 +10,12 @@ from typing import Any
 
 import jax
 
+from .. import _lanes as lanes
 from .._numerics import cond, flat, native_batch, pick, scaled
-from . import cholesky, householder, lanes, sketch
+from . import cholesky, householder, sketch
+
+# Columns up to which this is faster in lanes than the library's QR of [T, b] is.
+_LANES = 3
 
 
 def project(
@@ -22,6 +26,8 @@ def project(
     To scale T is left to the branch that does the work, so that no copy of it waits in the other. Where
     R is truncated at `rcond`, rows far below that may be zero.
     """
+    if lanes.few(t, _LANES, _LANES) and lanes.worthwhile(b.shape):
+        return lanes.project(scaled(t, down), b)
     # Each right-hand side that rides along in QR of [T, b] costs as much as a column of T;
     # beyond about p of them forming Q once is cheaper.
     by_householder = householder.reduce_augmented if b.shape[-1] <= t.shape[-1] else householder.reduce_apply
@@ -70,7 +76,7 @@ def _flat(q: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
     if lanes.worthwhile(t.shape):
-        return _flat(*lanes.orthonormal(t))
+        return _flat(*lanes.qr(t))
     if not cholesky.worthwhile(t.shape, t.dtype):
         return factors(t)
     gram = cholesky.factor(t)

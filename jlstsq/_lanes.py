@@ -1,0 +1,323 @@
+"""Many small matrices at once: factorisations with the batch in the last axis, in loops over columns.
+
+The work of a matrix of a few columns is less than the call of a library on it. Here every operation
+runs over a block of matrices ("lanes"), each in its own lane, with the rounding errors of LAPACK's
+methods: Householder QR (Golub 1965), substitution, and for the singular value decomposition of R
+one-sided Jacobi rotations of R^H (Hestenes 1958; Drmac and Veselic 2008).
+
+What other modules call with the batch first is `qr`, `svd` and the like; the other functions have it last.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._numerics import H, abs2, largest_entry, materialized, power_of_two, reflector, varying
+
+# A block stays in the cache, and small: XLA on CPU (jax 0.10.2) gives wrong numbers for a fused
+# product and sum over 8192 float32 lanes or more.
+LANES = 256
+_SWEEPS = 16
+# Loops over so few columns are unrolled. On GPU more would save kernels, but what `materialized` is for was
+# seen there before it was made: singular values of 8 x 3 wrong by 0.2 where three rotations were unrolled.
+_UNROLLED = 2
+
+
+def few(a: jax.Array, real: int, complex: int) -> bool:
+    """Whether a is a batch of small matrices of at most so many columns, `real` and `complex`."""
+    return a.ndim > 2 and worthwhile(a.shape) and a.shape[-1] <= (complex if jnp.iscomplexobj(a) else real)
+
+
+def worthwhile(*shapes: tuple) -> bool:
+    """Whether matrices of these shapes are small; symbolic dimensions are large."""
+    known = all(isinstance(d, int) for shape in shapes for d in shape)
+    return known and all(shape[-1] <= 8 and shape[-1] * shape[-2] <= 64 for shape in shapes)
+
+
+def _loop(count: int, body: Callable, start: Any, *data: Any) -> Any:
+    """A loop over columns: unrolled, where that is little code to compile."""
+    return lax.fori_loop(0, count, body, varying(start, *data), unroll=count <= _UNROLLED)
+
+
+def _reflect(j: Any, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One Householder step on w (m, columns, lanes), column j becomes beta e_j from row j on; v and tau."""
+    rows = jnp.arange(w.shape[0])[:, None]
+    columns = jnp.arange(w.shape[1])[:, None]
+    x = w[:, j]
+    v, tau, beta = reflector(x, j)
+    row = jnp.where(columns > j, (v.conj()[:, None] * w).sum(0), 0)
+    w = w - v[:, None] * (jnp.conj(tau)[None] * row)[None]
+    column = jnp.where(rows == j, beta, jnp.where(rows < j, x, 0))
+    return w.at[:, j].set(column), v, tau
+
+
+def reduced(p: int, w: jax.Array) -> jax.Array:
+    """W (m, columns, lanes) with its first p columns made triangular."""
+    return _loop(p, lambda j, w: _reflect(j, w)[0], w)
+
+
+def unit(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """W (m, columns, lanes) with its columns scaled to order one; the powers of two; where they are finite.
+
+    What is left of a column after some reflections may be eps times smaller, and is squared.
+    """
+    size, finite = largest_entry(w, 0)
+    up, down = power_of_two(size)
+    return w * down.astype(w.dtype)[None], up, finite
+
+
+def _factored(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Q and R of W (m, p, lanes), its columns of order one."""
+    p = w.shape[1]
+
+    def forward(j, state):
+        w, vectors, taus = state
+        w, v, tau = _reflect(j, w)
+        return w, vectors.at[j].set(v), taus.at[j].set(tau)
+
+    def backward(step, q):
+        j = p - 1 - step
+        v = vectors[j]
+        return q - v[:, None] * (taus[j][None] * (v.conj()[:, None] * q).sum(0))[None]
+
+    start = w, jnp.zeros((p, w.shape[0], w.shape[2]), w.dtype), jnp.zeros(w.shape[1:], w.dtype)
+    r, vectors, taus = _loop(p, forward, start, w)
+    eye = jnp.broadcast_to(jnp.eye(*w.shape[:2], dtype=w.dtype)[..., None], w.shape)
+    return _loop(p, backward, eye, w), r[:p]
+
+
+def _qr(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Q (lanes, m, p) and R of one block T (lanes, m, p)."""
+    w, up, _ = unit(jnp.moveaxis(t, 0, -1))
+    q, r = _factored(w)
+    return jnp.moveaxis(q, -1, 0), jnp.moveaxis(r * up.astype(w.dtype)[None], -1, 0)
+
+
+def _project(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """R, Q^H b and the squared norms of the columns of (I - Q Q^H) b for one block."""
+    w, up, _ = unit(jnp.moveaxis(t, 0, -1))
+    p = w.shape[1]
+    w = reduced(p, jnp.concatenate([w, jnp.moveaxis(b, 0, -1)], axis=1))
+    out = w[:p, :p] * up.astype(w.dtype)[None], w[:p, p:], abs2(w[p:, p:]).sum(0)
+    r, c, tail = (jnp.moveaxis(a, -1, 0) for a in out)
+    return r, c, tail
+
+
+def substitute(r: jax.Array, c: jax.Array, adjoint: bool = False) -> jax.Array:
+    """R^-1 c, or R^-H c, for the upper triangles r (p, p, lanes) and c (p, k, lanes)."""
+    p = r.shape[0]
+    a = jnp.swapaxes(r, 0, 1).conj() if adjoint else r
+
+    def row(step, x):
+        i = step if adjoint else p - 1 - step
+        return x.at[i].set((c[i] - (a[i][:, None] * x).sum(0)) / a[i, i][None])
+
+    return _loop(p, row, jnp.zeros_like(c), r, c)
+
+
+def _pivoted_qr(a: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rp, U^H C and the permutation with A[:, perm] = U Rp of one block; of equal columns the first leads."""
+    w, up, _ = unit(jnp.moveaxis(a, 0, -1))
+    p = w.shape[1]
+    index = jnp.arange(p)[:, None]
+
+    def step(j, state):
+        w, up, perm = state
+        columns = w[:, :p]
+        below = jnp.arange(w.shape[0])[:, None, None] >= j
+        norms = up * jnp.sqrt(jnp.where(below, abs2(columns), 0).sum(0))
+        norms = jnp.where(index >= j, norms, -1)
+        first = jnp.where(norms == norms.max(0)[None], perm, p).min(0)
+        chosen = perm == first[None]
+
+        def swapped(a, j_th):
+            """Entries (..., p, lanes) with the chosen one first of those from j on."""
+            other = jnp.where(chosen, a, 0).sum(-2)
+            return jnp.where(index == j, other[..., None, :], jnp.where(chosen, j_th[..., None, :], a))
+
+        w = jnp.concatenate([swapped(columns, columns[:, j]), w[:, p:]], axis=1)
+        up, perm = swapped(up, up[j]), swapped(perm, perm[j])
+        return _reflect(j, w)[0], up, perm
+
+    start = jnp.concatenate([w, jnp.moveaxis(c, 0, -1)], axis=1), up, jnp.broadcast_to(index, up.shape)
+    w, up, perm = _loop(p, step, start)
+    out = w[:, :p] * up.astype(w.dtype)[None], w[:, p:], perm
+    r, c, perm = (jnp.moveaxis(x, -1, 0) for x in out)
+    return jnp.triu(r), c, perm
+
+
+def _rotate(p: int, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Pairs of columns x and y (pairs, rows, lanes), each turned to be orthogonal in their first p rows.
+
+    Also the cosine of their angle before (Jacobi).
+    """
+    first, second = x[:, :p], y[:, :p]
+    xx, yy, xy = materialized((abs2(first).sum(1), abs2(second).sum(1), (first.conj() * second).sum(1)))
+    size, both = abs(xy), jnp.sqrt(xx) * jnp.sqrt(yy)
+    cosine = size / jnp.where(both > 0, both, 1)
+    some = size > 0
+    unit = jnp.where(some, size, 1)
+    zeta = (yy - xx) / (2 * unit)
+    t = jnp.where(zeta >= 0, 1, -1) / (abs(zeta) + jnp.sqrt(1 + zeta**2))
+    cos = jnp.where(some, 1 / jnp.sqrt(1 + t**2), 1)
+    sin = jnp.where(some, cos * t, 0).astype(x.dtype)[:, None]
+    cos = cos.astype(x.dtype)[:, None]
+    if jnp.iscomplexobj(x):
+        y = y * jnp.where(some, xy / unit.astype(xy.dtype), 1).conj()[:, None]
+    else:
+        y = y * jnp.where(xy < 0, -1, 1)[:, None]
+    return cos * x - sin * y, sin * x + cos * y, cosine
+
+
+def orthogonalised(p: int, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Columns (p, rows, lanes), turned until they are orthogonal in their first p rows; whether they are.
+
+    A sweep takes all pairs, as many at once as have no column in common, and moves the columns on in
+    a circle, all or all but the first (the round-robin order; Brent and Luk 1985).
+    """
+    lanes, half, fixed = columns.shape[-1], p // 2, 1 - p % 2
+    if p == 1:
+        return columns, jnp.ones(lanes, bool)
+    # The test sees the angles before the sweep; quadratic convergence squares them.
+    small = 0.1 * float(jnp.finfo(columns.dtype).eps) ** 0.5
+
+    def pairs(_, state):
+        columns, largest = state
+        x, y, cosine = _rotate(p, columns[:half], columns[p - half :][::-1])
+        columns = jnp.concatenate([x, columns[half : p - half], y[::-1]])
+        if p > 2:
+            columns = jnp.concatenate([columns[:fixed], columns[-1:], columns[fixed:-1]])
+        return columns, jnp.maximum(largest, cosine.max(0))
+
+    def sweep(state):
+        count, columns, before = state
+        start = (columns, jnp.zeros(lanes, columns.real.dtype))
+        new, angle = _loop(p - fixed, pairs, start)
+        # A lane that is done stays as it is, whatever its neighbours need.
+        done = before <= small
+        return count + 1, jnp.where(done, columns, new), jnp.where(done, before, angle)
+
+    def going(state):
+        count, _, largest = state
+        return (count < _SWEEPS) & (largest > small).any()
+
+    start = (0, columns, jnp.full(lanes, jnp.inf, columns.real.dtype))
+    _, columns, largest = lax.while_loop(going, sweep, varying(start))
+    return columns, ~(largest > small)
+
+
+def by_size(s: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
+    """The numbers s (p, lanes) in decreasing order, and others (p, ..., lanes) in the same.
+
+    By comparing all: XLA on CPU sorts one lane at a time.
+    """
+    index = jnp.arange(s.shape[0])
+    mine, other = s[:, None], s[None]
+    earlier = (index[:, None] > index[None])[..., None]
+    place = ((other > mine) | ((other == mine) & earlier)).sum(1)
+
+    def sort(a):
+        chosen = place[None] == index[:, None, None]
+        chosen = chosen.reshape(*chosen.shape[:2], *(1,) * (a.ndim - 2), -1)
+        return jnp.where(chosen, a[None], 0).sum(1)
+
+    return tuple(sort(a) for a in (s, *others))
+
+
+def _rotated(a: jax.Array, vectors: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of one block A (lanes, p, p) s, V diag(s) as columns (p, p or 2 p, lanes) above U, and its size."""
+    w, up, _ = unit(jnp.moveaxis(a, 0, -1))
+    p, size = w.shape[0], up.max(0)
+    w = w * (up / size[None])[None].astype(w.dtype)
+    if vectors:
+        w = jnp.concatenate([w, jnp.broadcast_to(jnp.eye(p, dtype=w.dtype)[..., None], w.shape)], axis=1)
+    # A^H U = V diag(s)
+    columns, _ = orthogonalised(p, w.conj())
+    s, columns = by_size(jnp.sqrt(abs2(columns[:, :p]).sum(1)), columns)
+    return s, columns, size
+
+
+def _singular_values(a: jax.Array) -> tuple[jax.Array]:
+    """Those of one block A (lanes, p, p), decreasing."""
+    s, _, size = _rotated(a, False)
+    return (jnp.moveaxis(s * size[None], -1, 0),)
+
+
+def _svd(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """U, s and V^H of one block A (lanes, p, p)."""
+    p = a.shape[-1]
+    s, columns, size = _rotated(a, True)
+    # V also where s is zero or nearly so
+    v, r = _factored(jnp.swapaxes(columns[:, :p], 0, 1))
+    diagonal = jnp.stack([r[i, i] for i in range(p)])
+    length = abs(diagonal)
+    v = v * jnp.where(length > 0, diagonal / jnp.where(length > 0, length, 1).astype(v.dtype), 1)[None]
+    out = jnp.swapaxes(columns[:, p:], 0, 1), s * size[None], jnp.swapaxes(v, 0, 1).conj()
+    u, s, vh = (jnp.moveaxis(a, -1, 0) for a in out)
+    return u, s, vh
+
+
+def over_blocks(fun: Callable, *args: jax.Array) -> Any:
+    """`fun` of the leading axis of its arguments, on CPU block by block."""
+    n = args[0].shape[0]
+    if n <= LANES:
+        return fun(*args)
+
+    def cpu(*args):
+        blocks = -(-n // LANES)
+        padded = (
+            jnp.pad(a, [(0, blocks * LANES - n)] + [(0, 0)] * (a.ndim - 1)).reshape(
+                blocks, LANES, *a.shape[1:]
+            )
+            for a in args
+        )
+        out = lax.map(lambda block: fun(*block), tuple(padded))
+        return jax.tree.map(lambda a: a.reshape(blocks * LANES, *a.shape[2:])[:n], out)
+
+    return lax.platform_dependent(*args, cpu=cpu, default=fun)
+
+
+def _batched(fun: Callable, *args: jax.Array) -> tuple[jax.Array, ...]:
+    batch = args[0].shape[:-2]
+    out = over_blocks(fun, *(a.reshape(math.prod(batch), *a.shape[len(batch) :]) for a in args))
+    return tuple(a.reshape(*batch, *a.shape[1:]) for a in out)
+
+
+def qr(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Q and R for T (*batch, m, p)."""
+    q, r = _batched(_qr, t)
+    return q, r
+
+
+def project(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """R, Q^H b and the squared norms of the columns of (I - Q Q^H) b for T (*batch, m, p)."""
+    r, c, tail = _batched(_project, t, b)
+    return r, c, tail
+
+
+def pivoted_qr(a: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rp, U^H C and the permutation with A[:, perm] = U Rp for A (*batch, p, p) and C (*batch, p, k)."""
+    r, c, perm = _batched(_pivoted_qr, a, c)
+    return r, c, perm
+
+
+def svd(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """U, s and V^H for A (*batch, p, p)."""
+    u, s, vh = _batched(_svd, a)
+    return u, s, vh
+
+
+def singular_values(a: jax.Array) -> tuple[jax.Array]:
+    """Those of A (*batch, p, p), decreasing."""
+    (s,) = _batched(_singular_values, a)
+    return (s,)
+
+
+def eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, decreasing, and eigenvectors of A (*batch, p, p), positive semidefinite."""
+    _, s, vh = svd(a)
+    return s, H(vh)

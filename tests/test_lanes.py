@@ -1,0 +1,114 @@
+"""Many small matrices at once: the kernels against NumPy, and gelsd's decision, which has no other path."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problems
+import pytest
+import scipy.linalg
+
+from jlstsq import _lanes as lanes
+from jlstsq import lstsq
+
+
+def triangles(p, dtype):
+    """A batch with repeated, zero and scaled columns and rows, matrices of zeros and identities."""
+    rng = np.random.default_rng(p)
+    A = problems.right_hand_side(rng, 300 * p, p, dtype).reshape(300, p, p)
+    A[:40, :, -1] = A[:40, :, 0]
+    A[40:80, p // 2] = 0
+    A[80:120] *= 10.0 ** rng.uniform(-12, 12, (40, 1, p))
+    A[120:160] *= 10.0 ** rng.uniform(-12, 12, (40, p, 1))
+    A[160:170], A[170:180] = 0, np.eye(p)
+    return A.astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+@pytest.mark.parametrize("p", [1, 2, 3, 6])
+def test_decompositions(p, dtype, x64):
+    A = triangles(p, dtype)
+    eps, eye = np.finfo(dtype).eps, np.eye(p)
+    exact = A.astype(np.result_type(dtype, np.float64))
+    size = np.linalg.norm(exact, axis=(-2, -1))
+    safe = np.where(size > 0, size, 1)
+
+    def close(a, b, size=1.0, limit=20.0 * p * eps):
+        assert (abs(np.asarray(a) - b).max((-2, -1)) <= limit * size).all()
+
+    u, s, vh = (np.asarray(x) for x in jax.jit(lanes.svd)(A))
+    close(u.conj().mT @ u, eye)
+    close(vh @ vh.conj().mT, eye)
+    close(u * s[:, None] @ vh, exact, safe)
+    assert (np.diff(s) <= 0).all()
+    expected = np.linalg.svd(exact, compute_uv=False)
+    close(s[..., None], expected[..., None], safe)
+    (alone,) = jax.jit(lanes.singular_values)(A)
+    close(alone[..., None], expected[..., None], safe)
+
+    gram = exact.conj().mT @ exact
+    values, vectors = jax.jit(lanes.eigh)(gram.astype(dtype))
+    close(gram @ np.asarray(vectors), np.asarray(vectors) * np.asarray(values)[:, None], safe**2)
+
+    c = problems.right_hand_side(np.random.default_rng(9), 300 * p, 2, dtype).reshape(300, p, 2).astype(dtype)
+    r, d, perm = (np.asarray(x) for x in jax.jit(lanes.pivoted_qr)(A, c))
+    taken = np.take_along_axis(exact, perm[:, None], -1)
+    norms, rhs = (np.linalg.norm(a, axis=-2)[:, :, None] for a in (taken, c))
+    for a, b, scale in (
+        (r.conj().mT @ r, taken.conj().mT @ taken, norms * norms.mT),
+        (r.conj().mT @ d, taken.conj().mT @ c, norms * rhs.mT),
+    ):
+        assert (abs(a - b) <= 20 * p * eps * scale).all()
+    assert (np.tril(r, -1) == 0).all()
+    diagonal = abs(np.diagonal(r, axis1=-2, axis2=-1))
+    assert (np.diff(diagonal) <= 10 * p * eps * safe[:, None]).all()
+    assert (np.sort(perm) == np.arange(p)).all()
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["tall", "wide"])
+@pytest.mark.parametrize("driver", ["gelsd", "gelsy"])
+def test_truncated_batches(driver, wide, x64):
+    """Each matrix as LAPACK has it, at any scale, whatever its neighbours are."""
+    rng, rcond = np.random.default_rng(0), 1e-9
+    m, p, count = 7, 3, 600
+    A, B = rng.standard_normal((count, m, p)), rng.standard_normal((count, p if wide else m, 2))
+    A[:100, :, 2] = A[:100, :, 0]
+    A[100:200] = A[100:200, :, :1] * rng.standard_normal((100, 1, p))
+    A[200:250, :, 1], A[250:260] = 0, 0
+    A[300:400] *= 10.0 ** rng.uniform(-140, 140, (100, 1, 1))
+    A[350:400, :, 2] = A[350:400, :, 1]
+    B[350:450] *= 10.0 ** rng.uniform(-140, 140, (100, 1, 2))
+    A = A.mT if wide else A
+    solve = jax.jit(partial(lstsq, driver=driver))
+    out = solve(A, B, rcond=rcond)
+    for i in range(count):
+        size, scale = abs(A[i]).max() or 1.0, abs(B[i]).max(0)
+        x, _, rank, s = scipy.linalg.lstsq(A[i] / size, B[i] / scale, cond=rcond, lapack_driver="gelsd")
+        assert out.rank[i] == rank
+        error = abs(out.solution[i] / scale * size - x).max()
+        assert error <= 1e-13 * max(abs(x).max(), 1) / (s[rank - 1] if rank else 1) ** 2
+        if driver == "gelsd":
+            np.testing.assert_allclose(out.singular_values[i] / size, s, atol=1e-14 * p, rtol=0)
+        if not wide:
+            rest = ((B[i] / scale - A[i] / size @ x) ** 2).sum(0)
+            np.testing.assert_allclose(out.residuals[i] / scale / scale, rest, rtol=1e-11, atol=1e-13)
+    # NaN in one matrix or column leaves every bit of the others alone.
+    bad_a, bad_b = A.copy(), B.copy()
+    bad_a[5, 0, 0], bad_a[300, 1, 1], bad_b[7, 0, 1] = np.nan, np.inf, np.nan
+    bad = solve(bad_a, bad_b, rcond=rcond)
+    few = solve(A[:20], B[:20], rcond=rcond)
+    keep = np.setdiff1d(np.arange(count), [5, 7, 300])
+    for a, b, c in zip(out, bad, few, strict=True):
+        if a.shape != (0,):
+            np.testing.assert_array_equal(a[keep], b[keep])
+            np.testing.assert_allclose(a[:20], c, rtol=1e-12, atol=1e-14)
+    assert np.isnan(bad.solution[5]).all()
+    assert np.isnan(bad.solution[7, :, 1]).all()
+    assert (bad.solution[7, :, 0] == out.solution[7, :, 0]).all()
+    assert bad.rank[5] == 0
+    thresholds = jnp.array([rcond, np.nan, 0.5])
+    several = jax.vmap(lambda rc: solve(A[:20], B[:20], rcond=rc))(thresholds)
+    np.testing.assert_array_equal(several.solution[0], few.solution)
+    assert np.isnan(several.solution[1]).all()
+    assert (several.rank[2] <= few.rank).all()
