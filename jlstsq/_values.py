@@ -41,8 +41,18 @@ def _squared_residuals(t, b, r, c, tail, y) -> jax.Array:
     return lax.platform_dependent(*data, cuda=by_products, default=by_triangle)
 
 
-def _careful(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Array) -> Answer:
-    """Scale, reduce, decompose, apply. rcond may have more leading dimensions than T and b."""
+def _careful(
+    driver: str,
+    wide: bool,
+    t: jax.Array,
+    rcond: jax.Array,
+    b: jax.Array,
+    known: jax.Array | None = None,
+) -> Answer:
+    """Scale, reduce, decompose, apply. rcond may have more leading dimensions than T and b.
+
+    Singular values that are `known` need not be found.
+    """
     t_scaled, b, scales = scale(t, b)
     down = scales.t_size[1]
     cut = None if driver == "gels" else rcond
@@ -57,7 +67,7 @@ def _careful(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arr
         r, c, tail = triangle(t, down, cut), b, none
     else:
         r, c, tail = project(t, b, down, cut)
-    y, rank, usable, s = solve_decided(driver, wide, r, rcond, scales.t_finite, c)
+    y, rank, usable, s = solve_decided(driver, wide, r, rcond, scales.t_finite, c, known)
     if wide:
         # T y with R backward stable is as accurate as using Q (Paige 1973).
         x, rho = mm(t_scaled, y), jnp.broadcast_to(tail, (*rcond.shape, tail.shape[-1]))
@@ -74,7 +84,11 @@ def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arra
     gels = driver == "gels"
     proven = attempt.solved & attempt.decided
 
-    def fast_answer() -> Answer:
+    def singular_values() -> jax.Array:
+        return jnp.where(attempt.t_finite[..., None], attempt.singular_values(), jnp.nan)
+
+    def fast_answer(some: jax.Array | None = None) -> Answer:
+        """Also where only `some` of it is of use."""
         real = attempt.residuals.dtype
         exists = attempt.t_finite & (attempt.usable if gels else ~jnp.isnan(rcond))
         nan = jnp.where(exists[..., None] & attempt.b_finite, 1, jnp.nan).astype(real)
@@ -83,7 +97,8 @@ def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arra
         rank = jnp.where(attempt.t_finite, attempt.rank, 0)
         s = jnp.zeros((*attempt.t_finite.shape, t.shape[-1]), real)
         if driver in ("gelsd", "gelss"):
-            s = jnp.where(attempt.t_finite[..., None], attempt.singular_values(), jnp.nan)
+            none = s
+            s = singular_values() if some is None else cond(some, singular_values, lambda: none, t, rcond, b)
         return (
             jnp.broadcast_to(x, (*rcond.shape, *x.shape[-2:])),
             jnp.broadcast_to(rho, (*rcond.shape, rho.shape[-1])),
@@ -92,8 +107,8 @@ def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arra
         )
 
     def careful_answer() -> Answer:
-        x, rho, rank, s = fast_answer()
-        careful_x, careful_rho, careful_rank, careful_s = careful()
+        x, rho, rank, s = fast_answer(attempt.solved.any())
+        careful_x, careful_rho, careful_rank, careful_s = careful(attempt.solved)
         return (
             where_matrix(proven, x, careful_x),
             jnp.where(proven[..., None], rho, careful_rho),

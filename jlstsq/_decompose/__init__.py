@@ -72,7 +72,13 @@ def _solve_full(r: jax.Array, b: jax.Array, adjoint: bool) -> jax.Array:
 
 
 def solve_decided(
-    driver: str, adjoint: bool, r: jax.Array, rcond: jax.Array, ok: jax.Array, c: jax.Array
+    driver: str,
+    adjoint: bool,
+    r: jax.Array,
+    rcond: jax.Array,
+    ok: jax.Array,
+    c: jax.Array,
+    known: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The values' path: y, the rank, where it is usable and the singular values, by one branch for a batch.
 
@@ -80,7 +86,7 @@ def solve_decided(
     NaN or Inf and nothing is decided. rcond may have more leading dimensions than the others, and so have
     the results then, but for the singular values (zero, where the driver has none). The branch depends on
     the whole batch, so it keeps the fast result of every element that was certified: no answer depends on
-    its neighbours.
+    its neighbours. Of elements that are `known` the singular values are not needed.
     """
     p = r.shape[-1]
     safe, full, usable = _certify(driver, r, rcond, ok)
@@ -100,8 +106,19 @@ def solve_decided(
             values = s
         else:
             kept, rank, values = svd.solve(r, rcond, driver, c, adjoint)
-            if rcond.ndim:  # a neighbour's truncation must not change them in the last digit
+            # A neighbour's truncation must not change them in the last digit.
+            if rcond.shape != ok.shape:
                 values = svd.values(safe, driver)
+            elif rcond.ndim:
+                alone = full if known is None else full & ~known
+                values = cond(
+                    alone.any(),
+                    lambda: jnp.where(full[..., None], svd.values(safe, driver), values),
+                    lambda: values,
+                    r,
+                    rcond,
+                    c,
+                )
         return where_matrix(full, y, kept), jnp.where(full, p, rank), values
 
     y, rank, s = cond(full.all(), whole, truncated, r, rcond, c)

@@ -75,8 +75,7 @@ def _by_gram(driver: str, adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.
         x, _, done = seminormal.augmented(Operator(t), factor, None, b)
         rho = jnp.zeros(done.shape, factor.squares.dtype)
     else:
-        v, x, done = seminormal.augmented(Operator(t), factor, b, None)
-        rho = abs2(v).sum(-2)
+        x, rho, done = seminormal.least_squares(Operator(t), factor, b)
     return Attempt(
         solution=x,
         residuals=rho,

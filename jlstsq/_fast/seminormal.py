@@ -11,8 +11,6 @@ I - R^-H (D T^H T D) R^-1 = -R^-H E R^-1. Believed only where theta is at most 0
 corrections could add, theta |d| / (1 - theta), is below the rounding error of any method.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -31,34 +29,68 @@ def _norms(a: jax.Array) -> jax.Array:
     return jnp.sqrt(abs2(a).sum(-2))
 
 
-def _corrected(gram: Gram, start: tuple, correct: Callable) -> tuple[tuple, jax.Array]:
-    """`start` (the columns of the solution, and what goes with them), corrected until that adds nothing.
+def _corrected(
+    t: Operator, gram: Gram, f: jax.Array | None, g: jax.Array | None, last: bool
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """(v, y) with v + T y = f, T^H v = g and |v|^2 by columns, and whether they are as good as any method's.
 
-    `correct` makes of it the next one, the norm of the correction d and the size of what it is
-    compared with. A column that is done stays as it is, whatever its neighbours need. Also returned:
-    per column, whether it is as good as any method's.
+    y is corrected until that adds nothing. A column that is done stays as it is, whatever its neighbours
+    need. The product that the `last` correction takes from v is not needed for |v|^2: with Q = T D R^-1
+    nearly orthonormal |v - Q d|^2 = |v|^2 - |d|^2. Where v itself is not asked for it is left out, and
+    the error of |v|^2 is to be below rounding as well.
     """
+
+    def rest(v):
+        """R^-H D (T^H v - g): what is left of the second equation."""
+        parts = [] if v is None else [t.adjoint_times(v, precise=True)]
+        parts += [] if g is None else [-g]
+        return gram.adjoint_solve(sum(parts[1:], parts[0]))
+
     theta = gram.contraction[..., None]
     eps = jnp.finfo(theta.dtype).eps
+    c = rest(f)
+    size = _norms(c)
 
     def going(state):
         count, _, done, _ = state
         return (count < _CORRECTIONS) & ~done.all()
 
     def step(state):
-        count, now, done, small = state
-        new, norm, size = correct(*now)
-        now = jax.tree.map(lambda a, b: jnp.where(done[..., None, :], a, b), now, new)
+        count, (v, y, delta, _), done, small = state
+        v = v if last else v - t.times(delta)
+        d = rest(v)
+        delta = gram.solve(d)
+        norm = _norms(d)
+        v = v - t.times(delta) if last else v
+        rho = abs2(v).sum(-2)
+        rho = rho if last else jnp.maximum(rho - norm**2, 0)
+        new = v, y + delta, delta, rho[..., None, :]
+        now = jax.tree.map(lambda a, b: jnp.where(done[..., None, :], a, b), state[1], new)
         # A correction that large refutes the bound. NaN is done: its column stays NaN.
-        small = small & (done | ~(norm > _REFUTED * size))
-        return count + 1, now, done | ~(theta * norm > eps / 2 * size), small
+        whole = size + jnp.sqrt(rho)
+        small = small & (done | ~(norm > _REFUTED * whole))
+        more = theta * norm > eps / 2 * whole
+        if not last:
+            more = more | (theta * norm**2 > eps / 2 * rho) | (norm**2 > rho)
+        return count + 1, now, done | ~more, small
 
-    done = jnp.broadcast_to(~gram.accepted[..., None], (*gram.accepted.shape, start[0].shape[-1]))
-    start = varying((0, start, done, jnp.ones_like(done)))
+    y = gram.solve(c)
+    v = f
+    if last:
+        v = -t.times(y) if f is None else f - t.times(y)
+    rho = jnp.zeros((*y.shape[:-2], 1, y.shape[-1]), theta.dtype)
+    done = jnp.broadcast_to(~gram.accepted[..., None], size.shape)
+    start = varying((0, (v, y, y, rho), done, jnp.ones_like(done)))
     # Elsewhere than on CPU the test of a loop costs as much as a correction: the first is made in any case.
     start = lax.platform_dependent(start, cpu=lambda start: start, default=step)
-    _, now, done, small = lax.while_loop(going, step, start)
-    return now, done & small
+    _, (v, y, _, rho), done, small = lax.while_loop(going, step, start)
+    return (v, y, rho[..., 0, :]), done & small
+
+
+def least_squares(t: Operator, gram: Gram, f: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """T^+ f, the squared residuals, and per column whether they are as good as any method's."""
+    (_, y, rho), done = _corrected(t, gram, f, None, last=False)
+    return y, rho, done
 
 
 def augmented(
@@ -68,22 +100,5 @@ def augmented(
 
     f or g None: zero. With g = 0 y is T^+ f and v its residual, with f = 0 v is T^+H g.
     """
-
-    def rest(v):
-        """R^-H D (T^H v - g): what is left of the second equation."""
-        parts = [] if v is None else [t.adjoint_times(v, precise=True)]
-        parts += [] if g is None else [-g]
-        return gram.adjoint_solve(sum(parts[1:], parts[0]))
-
-    c = rest(f)
-    y = gram.solve(c)
-    v = -t.times(y) if f is None else f - t.times(y)
-
-    def correct(v, y):
-        d = rest(v)
-        delta = gram.solve(d)
-        v = v - t.times(delta)
-        return (v, y + delta), _norms(d), _norms(c) + _norms(v)
-
-    (v, y), done = _corrected(gram, (v, y), correct)
+    (v, y, _), done = _corrected(t, gram, f, g, last=True)
     return v, y, done
