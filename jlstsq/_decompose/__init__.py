@@ -128,11 +128,16 @@ def solve_decided(
 def _certify(driver: str, r: jax.Array, rcond: jax.Array, ok: jax.Array):
     """R without NaN and Inf, where nothing is truncated, and where gels has an answer."""
     safe = where_matrix(ok, r, identity_like(r))
-    inverse = library.inverse(safe)
     everywhere = jnp.ones(jnp.broadcast_shapes(ok.shape, rcond.shape), bool)
     if driver == "gels":
-        return safe, everywhere, certificate.independent(certificate.dependence(safe, inverse))
-    return safe, certificate.full_rank(certificate.condition(safe, inverse), rcond) | ~ok, everywhere
+        return safe, everywhere, certificate.independent(certificate.dependence(safe, library.inverse(safe)))
+
+    def found():
+        condition = certificate.condition(safe, library.inverse(safe))
+        return jnp.broadcast_to(certificate.full_rank(condition, rcond), everywhere.shape)
+
+    hopeless = (certificate.refuted(safe, rcond) | ~ok).all()
+    return safe, cond(hopeless, lambda: ~everywhere, found, r, rcond) | ~ok, everywhere
 
 
 def uncut(driver: str, r: jax.Array) -> Cut:

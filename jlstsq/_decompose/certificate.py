@@ -36,6 +36,13 @@ def full_rank(condition: jax.Array, rcond: jax.Array) -> jax.Array:
     return condition * rcond < _MARGIN
 
 
+def refuted(r: jax.Array, rcond: jax.Array) -> jax.Array:
+    """Whether R^-1 need not be asked: ||R|| ||R^-1|| is at least the largest entry over the least pivot."""
+    entry = largest(abs(r), (-2, -1))
+    pivot = abs(jnp.diagonal(r, axis1=-2, axis2=-1)).min(-1, initial=jnp.inf)
+    return rcond * entry >= _MARGIN * pivot
+
+
 def dependence(r: jax.Array, inverse: jax.Array) -> jax.Array:
     """The column-scaled condition number max_k sum_j ||r_j|| |R^-1|_jk, r_j the columns of R.
 
