@@ -63,10 +63,11 @@ def reduced(p: int, w: jax.Array) -> jax.Array:
 def unit(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """W (m, columns, lanes) with its columns scaled to order one; the powers of two; where they are finite.
 
-    What is left of a column after some reflections may be eps times smaller, and is squared.
+    What is left of a column after some reflections may be eps times smaller, and is squared. The power
+    of a column of zeros is the largest of the others.
     """
     size, finite = largest_entry(w, 0)
-    up, down = power_of_two(size)
+    up, down = power_of_two(jnp.where(size > 0, size, size.max(0)[None]))
     return w * down.astype(w.dtype)[None], up, finite
 
 
@@ -150,19 +151,36 @@ def _pivoted_qr(a: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     return jnp.triu(r), c, perm
 
 
-def _rotate(p: int, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _powers(columns: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Powers of two (p, lanes) next to the largest entries of columns (p, rows, lanes), and the inverses."""
+    parts = (columns.real, columns.imag) if jnp.iscomplexobj(columns) else (columns,)
+    return power_of_two(abs(jnp.concatenate(parts, axis=1)).max(1))
+
+
+def norms(columns: jax.Array) -> jax.Array:
+    """The norms of columns (p, rows, lanes) of any scale."""
+    up, down = _powers(columns)
+    return up * jnp.sqrt(abs2(columns * down[:, None].astype(columns.dtype)).sum(1))
+
+
+def _rotate(p: int, floor: jax.Array, x: jax.Array, y: jax.Array, x_down: jax.Array, y_down: jax.Array):
     """Pairs of columns x and y (pairs, rows, lanes), each turned to be orthogonal in their first p rows.
 
-    Also the cosine of their angle before (Jacobi).
+    Also the cosine of their angle before, zero where one is shorter than `floor` (Jacobi). `x_down` and
+    `y_down` (pairs, lanes) scale what is squared.
     """
-    first, second = x[:, :p], y[:, :p]
+    first, second = x[:, :p] * x_down[:, None].astype(x.dtype), y[:, :p] * y_down[:, None].astype(x.dtype)
     xx, yy, xy = materialized((abs2(first).sum(1), abs2(second).sum(1), (first.conj() * second).sum(1)))
     size, both = abs(xy), jnp.sqrt(xx) * jnp.sqrt(yy)
-    cosine = size / jnp.where(both > 0, both, 1)
+    nothing = (xx <= (floor * x_down) ** 2) | (yy <= (floor * y_down) ** 2)
+    cosine = jnp.where(nothing, 0, size / jnp.where(both > 0, both, 1))
     some = size > 0
     unit = jnp.where(some, size, 1)
-    zeta = (yy - xx) / (2 * unit)
-    t = jnp.where(zeta >= 0, 1, -1) / (abs(zeta) + jnp.sqrt(1 + zeta**2))
+    zeta = (yy * (x_down / y_down) - xx * (y_down / x_down)) / (2 * unit)
+    # The square of a large zeta overflows, and adds nothing to it.
+    large = float(1 / jnp.finfo(x.dtype).eps)
+    root = jnp.maximum(abs(zeta), jnp.sqrt(1 + jnp.minimum(abs(zeta), large) ** 2))
+    t = jnp.where(zeta >= 0, 1, -1) / (abs(zeta) + root)
     cos = jnp.where(some, 1 / jnp.sqrt(1 + t**2), 1)
     sin = jnp.where(some, cos * t, 0).astype(x.dtype)[:, None]
     cos = cos.astype(x.dtype)[:, None]
@@ -177,26 +195,34 @@ def orthogonalised(p: int, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Columns (p, rows, lanes), turned until they are orthogonal in their first p rows; whether they are.
 
     A sweep takes all pairs, as many at once as have no column in common, and moves the columns on in
-    a circle, all or all but the first (the round-robin order; Brent and Luk 1985).
+    a circle, all or all but the first (the round-robin order; Brent and Luk 1985). Columns below eps^2
+    of the whole, rounding errors of rounding errors, are turned but not waited for: of parallel ones
+    every sweep leaves eps times as much, in any direction.
     """
     lanes, half, fixed = columns.shape[-1], p // 2, 1 - p % 2
     if p == 1:
         return columns, jnp.ones(lanes, bool)
     # The test sees the angles before the sweep; quadratic convergence squares them.
-    small = 0.1 * float(jnp.finfo(columns.dtype).eps) ** 0.5
+    eps = float(jnp.finfo(columns.dtype).eps)
+    small = 0.1 * eps**0.5
+    floor = eps**2 * norms(columns[:, :p]).max(0)[None]
+    # A column that later is much shorter is rounding errors.
+    _, down = _powers(columns[:, :p])
+
+    def moved_on(a):
+        return a if p == 2 else jnp.concatenate([a[:fixed], a[-1:], a[fixed:-1]])
 
     def pairs(_, state):
-        columns, largest = state
-        x, y, cosine = _rotate(p, columns[:half], columns[p - half :][::-1])
+        columns, down, largest = state
+        x, y = columns[:half], columns[p - half :][::-1]
+        x, y, cosine = _rotate(p, floor, x, y, down[:half], down[p - half :][::-1])
         columns = jnp.concatenate([x, columns[half : p - half], y[::-1]])
-        if p > 2:
-            columns = jnp.concatenate([columns[:fixed], columns[-1:], columns[fixed:-1]])
-        return columns, jnp.maximum(largest, cosine.max(0))
+        return moved_on(columns), moved_on(down), jnp.maximum(largest, cosine.max(0))
 
     def sweep(state):
         count, columns, before = state
-        start = (columns, jnp.zeros(lanes, columns.real.dtype))
-        new, angle = _loop(p - fixed, pairs, start)
+        start = (columns, down, jnp.zeros(lanes, down.dtype))
+        new, _, angle = _loop(p - fixed, pairs, start)
         # A lane that is done stays as it is, whatever its neighbours need.
         done = before <= small
         return count + 1, jnp.where(done, columns, new), jnp.where(done, before, angle)
@@ -236,9 +262,9 @@ def _rotated(a: jax.Array, vectors: bool) -> tuple[jax.Array, jax.Array, jax.Arr
     if vectors:
         w = jnp.concatenate([w, jnp.broadcast_to(jnp.eye(p, dtype=w.dtype)[..., None], w.shape)], axis=1)
     # A^H U = V diag(s)
-    columns, _ = orthogonalised(p, w.conj())
-    s, columns = by_size(jnp.sqrt(abs2(columns[:, :p]).sum(1)), columns)
-    return s, columns, size
+    columns, converged = orthogonalised(p, w.conj())
+    s, columns = by_size(norms(columns[:, :p]), columns)
+    return jnp.where(converged[None], s, jnp.nan), columns, size
 
 
 def _singular_values(a: jax.Array) -> tuple[jax.Array]:
@@ -252,7 +278,8 @@ def _svd(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     p = a.shape[-1]
     s, columns, size = _rotated(a, True)
     # V also where s is zero or nearly so
-    v, r = _factored(jnp.swapaxes(columns[:, :p], 0, 1))
+    v = columns[:, :p] * (1 / jnp.where(s > 0, s, 1))[:, None].astype(columns.dtype)
+    v, r = _factored(jnp.swapaxes(v, 0, 1))
     diagonal = jnp.stack([r[i, i] for i in range(p)])
     length = abs(diagonal)
     v = v * jnp.where(length > 0, diagonal / jnp.where(length > 0, length, 1).astype(v.dtype), 1)[None]

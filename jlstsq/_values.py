@@ -15,7 +15,7 @@ from . import _fast as fast
 from . import _lanes as lanes
 from ._blocks import of_matrices
 from ._decompose import solve_decided, svd
-from ._numerics import abs2, cond, identity_like, mm, native_batch, where_matrix
+from ._numerics import abs2, cond, identity_like, mm, native_batch, varying, where_matrix
 from ._reduce import project, triangle
 from ._scaling import good, scale, unscale
 
@@ -88,7 +88,7 @@ def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arra
         return jnp.where(attempt.t_finite[..., None], attempt.singular_values(), jnp.nan)
 
     def fast_answer(some: jax.Array | None = None) -> Answer:
-        """Also where only `some` of it is of use."""
+        """With singular values in the branch where `some` of them are of use, if that is asked."""
         real = attempt.residuals.dtype
         exists = attempt.t_finite & (attempt.usable if gels else ~jnp.isnan(rcond))
         nan = jnp.where(exists[..., None] & attempt.b_finite, 1, jnp.nan).astype(real)
@@ -97,8 +97,8 @@ def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arra
         rank = jnp.where(attempt.t_finite, attempt.rank, 0)
         s = jnp.zeros((*attempt.t_finite.shape, t.shape[-1]), real)
         if driver in ("gelsd", "gelss"):
-            none = s
-            s = singular_values() if some is None else cond(some, singular_values, lambda: none, t, rcond, b)
+            zeros = s
+            s = singular_values() if some is None else cond(some, singular_values, lambda: zeros, t, rcond, b)
         return (
             jnp.broadcast_to(x, (*rcond.shape, *x.shape[-2:])),
             jnp.broadcast_to(rho, (*rcond.shape, rho.shape[-1])),
@@ -117,7 +117,7 @@ def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arra
         )
 
     if attempt.certain:
-        return fast_answer()
+        return varying(fast_answer(), (t, rcond, b))
     # A single matrix has no neighbours: nothing of the attempt is kept, nor computed for it.
     return cond(proven.all(), fast_answer, careful_answer if rcond.ndim else careful, t, rcond, b)
 

@@ -112,3 +112,52 @@ def test_truncated_batches(driver, wide, x64):
     np.testing.assert_array_equal(several.solution[0], few.solution)
     assert np.isnan(several.solution[1]).all()
     assert (several.rank[2] <= few.rank).all()
+
+
+@pytest.mark.parametrize("p", [4, 8])
+def test_hard_spectra_converge(p, precision):
+    """Integers of low rank, whose rounding errors collapse; columns that decay to underflow; zero columns."""
+    dtype = np.float64 if precision else np.float32
+    rng, count, eps = np.random.default_rng(p), 2000, np.finfo(dtype).eps
+    t = rng.uniform(0, 1, (count, 8, 1))
+
+    def integers(*shape):
+        return rng.integers(-3, 4, (count, *shape)).astype(float)
+
+    kinds = {
+        "rank 1": integers(8, 1) @ integers(1, p),
+        "rank 2": integers(8, 2) @ integers(2, p),
+        "zero columns": integers(8, p) * rng.integers(0, 2, (count, 1, p)),
+        "powers": (1000 * t) ** np.arange(p),
+        "scaled": integers(8, 1) @ integers(1, p) * 10.0 ** rng.uniform(-6, 6, (count, 1, p)),
+        "decays": np.exp(-t * 10 ** np.linspace(-2, 2.5, p)),
+        "tiny": integers(8, p) * rng.integers(0, 2, (count, 1, p)) * (1e-200 if precision else 1e-25),
+    }
+    solve = jax.jit(partial(lstsq, driver="gelsd"))
+    for name, A in kinds.items():
+        A = A.astype(dtype)
+        b = rng.standard_normal((count, 8, 1)).astype(dtype) * abs(A).max()
+        exact = A.astype(float)
+        s = np.linalg.svd(exact, compute_uv=False)
+        cut = 8 * eps * s[:, :1]
+        out = solve(A, b)
+        assert (abs(out.singular_values - s) <= 20 * eps * s[:, :1]).all(), name
+        clear = ((s < cut / 4) | (s > cut * 2)).all(1)
+        assert (np.asarray(out.rank) == (s > cut).sum(1))[clear].all(), name
+        x = np.asarray(out.solution, float)
+        assert np.isfinite(x).all(), name
+        # The gradient is zero on the kept right singular vectors: normwise backward stable.
+        _, _, vh = np.linalg.svd(exact)
+        kept = s > cut
+        rest = (exact.mT @ (exact @ x - b.astype(float)))[..., 0] / np.where(s[:, :1] > 0, s[:, :1], 1)
+        size = s[:, 0] * np.linalg.norm(x, axis=(1, 2)) + np.linalg.norm(b.astype(float), axis=(1, 2))
+        along = abs(np.einsum("npq,nq->np", vh, rest)) * kept
+        assert (along[clear].max(-1) <= 100 * eps * size[clear]).all(), name
+
+
+def test_smallest_thresholds(x64):
+    D = np.broadcast_to(np.diag([1, 1e-170]), (2, 2, 2))
+    for rcond in (0.0, 1e-180):
+        out = lstsq(D, np.ones((2, 2, 1)), rcond=rcond, driver="gelsd")
+        np.testing.assert_allclose(out.solution[:, :, 0], [[1, 1e170]] * 2)
+        assert (out.rank == 2).all()

@@ -1,12 +1,18 @@
 """Arrays on several devices: a batch, a tall matrix by rows, right-hand sides by columns.
 
-Devices are counted when JAX starts, so each test is a program of its own.
+Devices are counted when JAX starts, so each test of several is a program of its own.
 """
 
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from jlstsq import lstsq
 
 START = """
 import os
@@ -119,6 +125,23 @@ for shape in ((4, 6, 3), (4, 40, 12)):
         # gels: NaN from the dependent element, in the sum of both
         assert all(np.allclose(x, y, rtol=1e-9, atol=1e-12, equal_nan=True) for x, y in pairs)
 """
+
+
+@pytest.mark.parametrize("driver", ["gels", "gelsy", "gelsd"])
+@pytest.mark.parametrize("shape", [(4, 6, 3), (4, 3, 6), (4, 40, 12)], ids=str)
+def test_varying_types(shape, driver, x64):
+    """The types of what varies over a mesh are right, traced without compiling: one device is enough."""
+    mesh, spec = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,)), PartitionSpec("x")
+    A, B = np.ones(shape), np.ones(shape[:-1])
+
+    def value(A, B):
+        return lstsq(A, B, driver=driver)[:2]
+
+    gradient = jax.grad(lambda A, B: (value(A, B)[0] ** 2).sum(), (0, 1))
+    for fun in (value, gradient):
+        sharded = jax.shard_map(fun, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+        result = jax.eval_shape(sharded, A, B)
+        assert jax.tree.map(jnp.shape, result) == jax.tree.map(jnp.shape, jax.eval_shape(fun, A, B))
 
 
 @pytest.mark.slow

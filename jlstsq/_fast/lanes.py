@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from .._decompose.certificate import full_rank
-from .._lanes import by_size, orthogonalised, over_blocks, reduced, substitute, unit
-from .._numerics import abs2, largest, scale_by
+from .._lanes import by_size, norms, orthogonalised, over_blocks, reduced, substitute, unit
+from .._numerics import abs2, largest, power_of_two, scale_by
 
 
 class Lanes(NamedTuple):
-    """Results with the batch first; arbitrary where T or a column of b is not finite."""
+    """Results with the batch first; arbitrary where T or a column of b is not finite.
+
+    NaN where singular values did not converge.
+    """
 
     solution: jax.Array  # (N, p or m, k)
     residuals: jax.Array  # (N, k), squared norms
@@ -43,7 +46,7 @@ def _spectrum(r: jax.Array, c: jax.Array, rcond: jax.Array, adjoint: bool) -> _S
     columns = (r if adjoint else jnp.concatenate([r, c], axis=1)).conj()
     columns, converged = orthogonalised(p, columns)
     vs = columns[:, :p]
-    s = jnp.sqrt(abs2(vs).sum(1))
+    s = norms(vs)
     kept = s > (rcond * s.max(0))[None]
     inverse = jnp.where(kept, 1 / jnp.where(kept, s, 1), 0).astype(r.dtype)
     v = vs * inverse[:, None]
@@ -88,7 +91,10 @@ def _block(adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None) -
         x = scale_by(substitute(r, w[:p, p:]), b_size[None], 1 / d[:, None])
         rho = abs2(w[p:, p:]).sum(0)
     dependence = largest((columns[:, None] * abs(inverse)).sum(0), 0)
-    inverse_size = jnp.sqrt(((abs(inverse) / e[:, None]) ** 2).sum((0, 1)))
+    scaled_inverse = abs(inverse) / e[:, None]
+    # By a power of two, whose inverse is a normal number: XLA may multiply by it, and flushes others to zero.
+    up, down = power_of_two(largest(scaled_inverse, (0, 1)))
+    inverse_size = up * jnp.sqrt(((scaled_inverse * down[None, None]) ** 2).sum((0, 1)))
     condition = jnp.sqrt(((columns * e) ** 2).sum(0)) * inverse_size
     rank, s = jnp.full(size.shape, p), jnp.zeros_like(columns)
     if rcond is not None:
