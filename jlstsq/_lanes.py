@@ -67,7 +67,7 @@ def unit(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     of a column of zeros is the largest of the others.
     """
     size, finite = largest_entry(w, 0)
-    up, down = power_of_two(jnp.where(size > 0, size, size.max(0)[None]))
+    up, down = power_of_two(jnp.where(size > 0, size, size.max(0, initial=0)[None]))
     return w * down.astype(w.dtype)[None], up, finite
 
 

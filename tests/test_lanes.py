@@ -25,8 +25,8 @@ def triangles(p, dtype):
     return A.astype(dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
-@pytest.mark.parametrize("p", [1, 2, 3, 6])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow), "complex128"])
+@pytest.mark.parametrize("p", [1, 2, pytest.param(3, marks=pytest.mark.slow), 6])
 def test_decompositions(p, dtype, x64):
     A = triangles(p, dtype)
     eps, eye = np.finfo(dtype).eps, np.eye(p)
@@ -114,7 +114,7 @@ def test_truncated_batches(driver, wide, x64):
     assert (several.rank[2] <= few.rank).all()
 
 
-@pytest.mark.parametrize("p", [4, 8])
+@pytest.mark.parametrize("p", [pytest.param(4, marks=pytest.mark.slow), 8])
 def test_hard_spectra_converge(p, precision):
     """Integers of low rank, whose rounding errors collapse; columns that decay to underflow; zero columns."""
     dtype = np.float64 if precision else np.float32

@@ -128,7 +128,7 @@ for shape in ((4, 6, 3), (4, 40, 12)):
 
 
 @pytest.mark.parametrize("driver", ["gels", "gelsy", "gelsd"])
-@pytest.mark.parametrize("shape", [(4, 6, 3), (4, 3, 6), (4, 40, 12)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 6, 3), pytest.param((4, 40, 12), marks=pytest.mark.slow)], ids=str)
 def test_varying_types(shape, driver, x64):
     """The types of what varies over a mesh are right, traced without compiling: one device is enough."""
     mesh, spec = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,)), PartitionSpec("x")
