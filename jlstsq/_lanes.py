@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._numerics import H, abs2, largest_entry, materialized, power_of_two, reflector, varying
+from ._numerics import abs2, largest_entry, materialized, power_of_two, reflector, varying
 
 # A block stays in the cache, and small: XLA on CPU (jax 0.10.2) gives wrong numbers for a fused
 # product and sum over 8192 float32 lanes or more.
@@ -27,9 +27,14 @@ _SWEEPS = 16
 _UNROLLED = 2
 
 
-def few(a: jax.Array, real: int, complex: int) -> bool:
-    """Whether a is a batch of small matrices of at most so many columns, `real` and `complex`."""
-    return a.ndim > 2 and worthwhile(a.shape) and a.shape[-1] <= (complex if jnp.iscomplexobj(a) else real)
+# Columns, real and complex, up to which a batch is faster here than by what else there is on CPU: against
+# the library's QR of [T, b] and SVD (ten times at two columns), and the loop that pivots a batch.
+PROJECT, SVD, PIVOTED_QR = (3, 3), (6, 4), (6, 8)
+
+
+def few(a: jax.Array, columns: tuple[int, int]) -> bool:
+    """Whether a is a batch of small matrices of at most so many columns, real and complex."""
+    return a.ndim > 2 and worthwhile(a.shape) and a.shape[-1] <= columns[jnp.iscomplexobj(a)]
 
 
 def worthwhile(*shapes: tuple) -> bool:
@@ -130,9 +135,9 @@ def _pivoted_qr(a: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
         w, up, perm = state
         columns = w[:, :p]
         below = jnp.arange(w.shape[0])[:, None, None] >= j
-        norms = up * jnp.sqrt(jnp.where(below, abs2(columns), 0).sum(0))
-        norms = jnp.where(index >= j, norms, -1)
-        first = jnp.where(norms == norms.max(0)[None], perm, p).min(0)
+        left = up * jnp.sqrt(jnp.where(below, abs2(columns), 0).sum(0))
+        left = jnp.where(index >= j, left, -1)
+        first = jnp.where(left == left.max(0)[None], perm, p).min(0)
         chosen = perm == first[None]
 
         def swapped(a, j_th):
@@ -256,9 +261,10 @@ def by_size(s: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
 
 def _rotated(a: jax.Array, vectors: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of one block A (lanes, p, p) s, V diag(s) as columns (p, p or 2 p, lanes) above U, and its size."""
-    w, up, _ = unit(jnp.moveaxis(a, 0, -1))
-    p, size = w.shape[0], up.max(0)
-    w = w * (up / size[None])[None].astype(w.dtype)
+    w = jnp.moveaxis(a, 0, -1)
+    p = w.shape[0]
+    size, down = power_of_two(largest_entry(w, (0, 1))[0])
+    w = w * down[None, None].astype(w.dtype)
     if vectors:
         w = jnp.concatenate([w, jnp.broadcast_to(jnp.eye(p, dtype=w.dtype)[..., None], w.shape)], axis=1)
     # A^H U = V diag(s)
@@ -286,6 +292,12 @@ def _svd(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     out = jnp.swapaxes(columns[:, p:], 0, 1), s * size[None], jnp.swapaxes(v, 0, 1).conj()
     u, s, vh = (jnp.moveaxis(a, -1, 0) for a in out)
     return u, s, vh
+
+
+def _eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues and eigenvectors of one block A (lanes, p, p), positive semidefinite: s and U."""
+    s, columns, size = _rotated(a, True)
+    return jnp.moveaxis(s * size[None], -1, 0), jnp.moveaxis(columns[:, a.shape[-1] :], -1, 0).mT
 
 
 def over_blocks(fun: Callable, *args: jax.Array) -> Any:
@@ -346,5 +358,5 @@ def singular_values(a: jax.Array) -> tuple[jax.Array]:
 
 def eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues, decreasing, and eigenvectors of A (*batch, p, p), positive semidefinite."""
-    _, s, vh = svd(a)
-    return s, H(vh)
+    s, u = _batched(_eigh, a)
+    return s, u

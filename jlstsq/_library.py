@@ -29,8 +29,6 @@ _SPLIT = 200_000
 _TINY = 4
 # Columns up to which CUDA has an SVD of batches: by Jacobi, right to p eps. QR iteration is a loop there.
 _BATCHED_SVD = 32
-# Columns, real and complex, up to which on CPU the SVD of a batch is ours: ten times as fast at two.
-_LANES = 6, 4
 # Triangles are inverted in blocks of at most this size: of one matrix, and of a batch.
 _LEAF = 128
 _BATCHED_LEAF = 8
@@ -88,7 +86,7 @@ def _batched(
     """`fun`, a function of matrices to a tuple, for leading batch dimensions and a user's vmap.
 
     `count` is that of `_in_thread`, `columns_out` that of `native_batch`. `cuda` and `rocm` replace `fun`,
-    and `few` on CPU for batches of matrices of few columns.
+    and `few` on CPU the SVD of batches of matrices of few columns (`_lanes`).
     """
 
     def call(*args):
@@ -96,7 +94,7 @@ def _batched(
         if not batch:
             return lax.platform_dependent(*args, default=fun, **gpus) if gpus else fun(*args)
         flat = [a.reshape(math.prod(batch), *a.shape[len(batch) :]) for a in args]
-        cpu = few if few is not None and lanes.few(args[0], *_LANES) else partial(_in_thread, fun, count)
+        cpu = few if few is not None and lanes.few(args[0], lanes.SVD) else partial(_in_thread, fun, count)
         out = lax.platform_dependent(*flat, cpu=cpu, default=fun, **gpus)
         return tuple(x.reshape(*batch, *x.shape[1:]) for x in out)
 

@@ -84,21 +84,19 @@ def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arra
     gels = driver == "gels"
     proven = attempt.solved & attempt.decided
 
+    real = attempt.residuals.dtype
+    spectrum = driver in ("gelsd", "gelss")
+    none = jnp.zeros((*attempt.t_finite.shape, t.shape[-1]), real)
+
     def singular_values() -> jax.Array:
         return jnp.where(attempt.t_finite[..., None], attempt.singular_values(), jnp.nan)
 
-    def fast_answer(some: jax.Array | None = None) -> Answer:
-        """With singular values in the branch where `some` of them are of use, if that is asked."""
-        real = attempt.residuals.dtype
+    def answer(s: jax.Array) -> Answer:
         exists = attempt.t_finite & (attempt.usable if gels else ~jnp.isnan(rcond))
         nan = jnp.where(exists[..., None] & attempt.b_finite, 1, jnp.nan).astype(real)
         x = attempt.solution * nan[..., None, :].astype(t.dtype)
         rho = attempt.residuals * nan
         rank = jnp.where(attempt.t_finite, attempt.rank, 0)
-        s = jnp.zeros((*attempt.t_finite.shape, t.shape[-1]), real)
-        if driver in ("gelsd", "gelss"):
-            zeros = s
-            s = singular_values() if some is None else cond(some, singular_values, lambda: zeros, t, rcond, b)
         return (
             jnp.broadcast_to(x, (*rcond.shape, *x.shape[-2:])),
             jnp.broadcast_to(rho, (*rcond.shape, rho.shape[-1])),
@@ -106,8 +104,14 @@ def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arra
             s,
         )
 
+    def fast_answer() -> Answer:
+        return answer(singular_values() if spectrum else none)
+
     def careful_answer() -> Answer:
-        x, rho, rank, s = fast_answer(attempt.solved.any())
+        # They cost an SVD of their own, which is often of use for no matrix.
+        some = attempt.solved.any()
+        known = cond(some, singular_values, lambda: none, t, rcond, b) if spectrum else none
+        x, rho, rank, s = answer(known)
         careful_x, careful_rho, careful_rank, careful_s = careful(attempt.solved)
         return (
             where_matrix(proven, x, careful_x),
@@ -128,8 +132,9 @@ def _in_blocks(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.A
     # Thresholds alone may have a longer batch.
     if rcond.shape != t.shape[:-2]:
         return solve(t, rcond, b)
-    fewest = {"fewest": 4 * lanes.LANES} if lanes.worthwhile(t.shape, b.shape) else {}
-    return of_matrices(solve, **fewest)(t, rcond, b)
+    in_lanes = lanes.worthwhile(t.shape, b.shape)
+    in_blocks = of_matrices(solve, 4 * lanes.LANES) if in_lanes else of_matrices(solve)
+    return in_blocks(t, rcond, b)
 
 
 @cache

@@ -24,9 +24,6 @@ from .._library import lu, triangle
 from .._norms import random
 from .._numerics import H, abs2, cond, indices, inverse_permutation, mm, power_of_two, reflector, varying
 
-# Columns, real and complex, up to which one by one is faster in lanes, on CPU and for batches.
-_LANES = 6, 8
-
 Factors = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -65,7 +62,7 @@ def pivoted_qr(a: jax.Array, c: jax.Array, stop: jax.Array | None = None) -> Fac
     Where no column of a matrix has a norm above its `stop` (*batch) left, what is left is not made
     triangular, but cut off below the diagonal.
     """
-    if lanes.few(a, *_LANES) and lanes.worthwhile(c.shape):
+    if lanes.few(a, lanes.PIVOTED_QR) and lanes.worthwhile(c.shape):
         # `stop` saves nothing there.
         return lax.platform_dependent(
             a, c, cpu=lanes.pivoted_qr, default=lambda a, c: _one_by_one(a, c, stop)

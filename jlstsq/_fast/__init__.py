@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .. import _lanes
 from .._decompose import certificate, svd
-from .._lanes import worthwhile as small
 from .._numerics import abs2, largest_entry, where_matrix
 from .._operator import Operator
 from .._reduce import cholesky
@@ -41,7 +41,7 @@ def attempt(driver: str, adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.A
 
     rcond may have more leading dimensions than T and b.
     """
-    if small(t.shape, b.shape):
+    if _lanes.worthwhile(t.shape, b.shape):
         # One so small is done by the library before many operations have started.
         if t.ndim == 2:
             return None

@@ -62,7 +62,17 @@ def _spectrum(r: jax.Array, c: jax.Array, rcond: jax.Array, adjoint: bool) -> _S
     )
 
 
-def _block(adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None) -> Lanes:
+def _norm(a: jax.Array) -> jax.Array:
+    """The Frobenius norm of a (p, p, lanes), not negative and of any scale.
+
+    Scaled by a power of two, whose inverse is a normal number: XLA may multiply by it, and flushes others to
+    zero.
+    """
+    up, down = power_of_two(largest(a, (0, 1)))
+    return up * jnp.sqrt(((a * down[None, None]) ** 2).sum((0, 1)))
+
+
+def _block(adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None = None) -> Lanes:
     """The results of one block of matrices, T (lanes, m, p) and b (lanes, rows, k).
 
     Truncated as gelsd does at `rcond` (lanes,), where it is given.
@@ -80,7 +90,6 @@ def _block(adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None) -
     size = d.max(0)
     e = d / size[None]
     rows = e[:, None].astype(t.dtype)
-    one = jnp.ones_like(size)
     if adjoint:
         # T^+H b = T_s (R_s^H R_s)^-1 E^-1 b / size
         y = substitute(r, substitute(r, b / rows, adjoint=True))
@@ -91,15 +100,11 @@ def _block(adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None) -
         x = scale_by(substitute(r, w[:p, p:]), b_size[None], 1 / d[:, None])
         rho = abs2(w[p:, p:]).sum(0)
     dependence = largest((columns[:, None] * abs(inverse)).sum(0), 0)
-    scaled_inverse = abs(inverse) / e[:, None]
-    # By a power of two, whose inverse is a normal number: XLA may multiply by it, and flushes others to zero.
-    up, down = power_of_two(largest(scaled_inverse, (0, 1)))
-    inverse_size = up * jnp.sqrt(((scaled_inverse * down[None, None]) ** 2).sum((0, 1)))
-    condition = jnp.sqrt(((columns * e) ** 2).sum(0)) * inverse_size
+    condition = jnp.sqrt(((columns * e) ** 2).sum(0)) * _norm(abs(inverse) / e[:, None])
     rank, s = jnp.full(size.shape, p), jnp.zeros_like(columns)
     if rcond is not None:
         spectrum = _spectrum(r * e.astype(r.dtype)[None], b if adjoint else w[:p, p:], rcond, adjoint)
-        nan = jnp.where(spectrum.converged, one, jnp.nan)
+        nan = jnp.where(spectrum.converged, 1, jnp.nan).astype(size.dtype)
         y = spectrum.solution
         if adjoint:
             y = (t[:, :, None] * (rows * y)[None]).sum(1)
@@ -128,6 +133,4 @@ def solve(adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None = N
 
     With `rcond` (N,) as gelsd truncates, and with the singular values.
     """
-    if rcond is None:
-        return over_blocks(lambda t, b: _block(adjoint, t, b, None), t, b)
-    return over_blocks(partial(_block, adjoint), t, b, rcond)
+    return over_blocks(partial(_block, adjoint), *((t, b) if rcond is None else (t, b, rcond)))

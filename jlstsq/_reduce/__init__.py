@@ -14,9 +14,6 @@ from .. import _lanes as lanes
 from .._numerics import cond, flat, native_batch, pick, scaled
 from . import cholesky, householder, sketch
 
-# Columns up to which this is faster in lanes than the library's QR of [T, b] is.
-_LANES = 3
-
 
 def project(
     t: jax.Array, b: jax.Array, down: jax.Array | None = None, rcond: jax.Array | None = None
@@ -26,7 +23,7 @@ def project(
     To scale T is left to the branch that does the work, so that no copy of it waits in the other. Where
     R is truncated at `rcond`, rows far below that may be zero.
     """
-    if lanes.few(t, _LANES, _LANES) and lanes.worthwhile(b.shape):
+    if lanes.few(t, lanes.PROJECT) and lanes.worthwhile(b.shape):
         return lanes.project(scaled(t, down), b)
     # Each right-hand side that rides along in QR of [T, b] costs as much as a column of T;
     # beyond about p of them forming Q once is cheaper.
