@@ -50,7 +50,8 @@ def _by_sketch(
     if not sketch.worthwhile(t.shape):
         return by_householder()
     z = sketch.precondition(t, down, rcond)
-    return cond(z.accepted, lambda: by_products(z), by_householder, t, *data)
+    out = by_products(z)
+    return cond(z.accepted, lambda: out, by_householder, t, *data)
 
 
 def factors(
