@@ -92,6 +92,7 @@ from ._numerics import (
     cond,
     flat,
     identity_like,
+    many_terms,
     mm,
     pick,
     scaled,
@@ -100,7 +101,7 @@ from ._numerics import (
     where_matrix,
 )
 from ._operator import Operator
-from ._reduce.cholesky import Gram
+from ._reduce.cholesky import Gram, from_triangle
 from ._scaling import scale_columns
 
 
@@ -111,14 +112,15 @@ class Factors(NamedTuple):
     """
 
     t: jax.Array  # (*batch, m, n); wide only where there are weights or a ridge
-    q: jax.Array  # (*batch, p m), `flat`; (*batch, p n) where T is wide
+    # (*batch, p m), `flat`; (*batch, p n) where T is wide; None: formed from T and R where it is needed
+    q: jax.Array | None
     r: jax.Array  # (*batch, p, p)
     decision: Any  # `Decision`, or a `Cut` that tells it
     weights: jax.Array | None = None  # (*batch, m)
     ridge: jax.Array | None = None  # (*batch)
     # (left, r): the kept core is left r, see `core_factors`; not needed where nothing is truncated
     core: tuple[jax.Array, jax.Array] | None = None
-    # where it is accepted (plain problems) the seminormal equations are as good as Q, and q is nothing
+    # where it is accepted (plain problems) the seminormal equations are as good as Q
     gram: Gram | None = None
     # (*batch) a power of two: everything else, and all results, are for `down` t in the place of T;
     # 1 where the Gram matrix is accepted
@@ -137,6 +139,7 @@ class Factors(NamedTuple):
     @property
     def qt(self) -> jax.Array:
         """Q^T."""
+        assert self.q is not None
         return transposed(self.q, self.r)
 
     def expanded(self) -> "Factors":
@@ -144,10 +147,6 @@ class Factors(NamedTuple):
         if not isinstance(self.decision, Cut):
             return self
         return self._replace(decision=lax.stop_gradient(expand(self.r, self.decision)))
-
-
-# Terms from which a sum in single precision has lost digits, and a correction brings them back.
-_MANY = 10_000
 
 
 def weigh(weights: jax.Array | None, a: jax.Array) -> jax.Array:
@@ -168,7 +167,7 @@ class FullRank(NamedTuple):
     """
 
     f: Operator  # differentiable
-    q: Any  # `flat`; None: the Gram matrix of every element is accepted
+    q: Any  # `flat`; None: formed from F and R where it is needed
     r: jax.Array
     left: jax.Array | None = None
     kept: jax.Array | None = None  # (*batch, columns) bool
@@ -204,29 +203,29 @@ class FullRank(NamedTuple):
         if self.gram is None:
             return self._by_factors(f, g)
         by_products = seminormal.augmented(self.f, self.gram, f, g)[:2]
-        if self.q is None:
-            return by_products
         accepted = self.gram.accepted
 
         def otherwise():
             return jax.tree.map(partial(pick, accepted), by_products, self._by_factors(f, g))
 
-        return cond(any_of(~accepted), otherwise, lambda: by_products, self.q, f)
+        return cond(any_of(~accepted), otherwise, lambda: by_products, self.f.t, f)
 
     def _by_factors(self, f: jax.Array, g: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Rows of very different weight make q^H W^(1/2) f as inaccurate as the heaviest of them.
 
         The residual of a first solution does not have this, and one correction brings full accuracy.
         """
+        if self.q is None:
+            assert self.gram is not None
+            q, r2 = from_triangle(self.gram.refused(scaled(self.f.t, self.f.down)), self.r)
+            return self._replace(q=q, r=mm(r2, self.r))._by_factors(f, g)
         small = 0 if g is None else triangular_solve(self.r, g, adjoint=True)
         c = self.project(f) - small
         y = triangular_solve(self.r, c)
         if self.weights is None and self.ridge is None:
             left = c if self.left is None else mm(self.left, c)
             v = f - mm(self.qt.mT, left)
-            m = f.shape[-2]
-            many = not isinstance(m, int) or m > _MANY
-            if many and jnp.finfo(f.dtype).bits == 32:
+            if many_terms(f):
                 c = self.project(v) - small
                 left = c if self.left is None else mm(self.left, c)
                 v, y = v - mm(self.qt.mT, left), y + triangular_solve(self.r, c)
@@ -520,7 +519,13 @@ def _truncated(driver: str, factors: Factors) -> Problem:
     full, wide = decision.full, factors.wide
     data = Operator(t, down)
     both = kept[..., :, None] & kept[..., None, :]
-    if core is None:
+    if q is None:
+        # T e = Q (R2 r_e) and T_k w = T e r_e^-1 l. Of full rank e is the identity, and r_e is R.
+        assert gram is not None
+        q, r2 = from_triangle(lax.stop_gradient(mm(gram.refused(scaled(t, down)), e)), r_e)
+        whole = decision._replace(kept=decision.kept._replace(l=mm(r2, l)))
+        core = core_factors(mm(r2, r_e), whole, wide)
+    elif core is None:
         core = core_factors(r, decision, wide, ridge)
     left, small = core
     small = where_matrix(decision.usable, small, identity_like(small))
@@ -673,23 +678,21 @@ def _singular_triplets_rule(primals, tangents):
 
 
 def singular_values(factors: Factors, c: jax.Array, s: jax.Array, v: jax.Array) -> jax.Array:
-    """s, for U = Q c, or T c where the Gram matrix is accepted: formed while a derivative is computed."""
+    """s, for U = Q c, or the columns of T c, normalised, where there is no Q."""
 
-    def values(factors, c, s, v, u):
+    def values(factors, c, s, v):
         t = scaled(factors.t, factors.down)
+        if factors.q is None:
+            u = mm(t, c)
+            norms = jnp.sqrt(abs2(u).sum(-2, keepdims=True))
+            u = u / jnp.where(norms > 0, norms, 1).astype(u.dtype)
+        else:
+            u = mm(factors.qt.mT, c)
         return singular_triplets(t, lax.stop_gradient(u), s, v)[1]
-
-    def by_products(factors, c, s, v):
-        return values(factors, c, s, v, mm(factors.t, c))
-
-    def by_factors(factors, c, s, v):
-        u = mm(factors.qt.mT, c)
-        if factors.gram is not None:
-            u = where_matrix(factors.gram.accepted, mm(factors.t, c), u)
-        return values(factors, c, s, v, u)
 
     # Under a vmap over right-hand sides alone the values have no batch, and nor may their derivative.
     factors = factors._replace(solved=None)
     if factors.gram is None:
-        return by_factors(factors, c, s, v)
-    return choose(~factors.gram.accepted, by_products, by_factors, factors, c, s, v)
+        return values(factors, c, s, v)
+    # U is formed while a derivative is computed.
+    return choose(~factors.gram.accepted, values, None, factors, c, s, v)

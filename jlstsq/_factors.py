@@ -2,8 +2,9 @@
 
 All of it is constant for the derivative (`_derivative` writes down the equations that are
 differentiated), so it is computed as the values are: from one pass over the data, with a user's vmap on
-the batch, and on CPU a large batch block by block. Where the Gram matrix of T is proven to be enough,
-no Q is formed.
+the batch, and on CPU a large batch block by block. Where the Gram matrix of T is likely to be enough no Q
+is kept, which would be one more array of T's size to write: what is left is formed from T and R when it is
+needed.
 """
 
 from collections.abc import Callable
@@ -17,9 +18,10 @@ from . import _lanes as lanes
 from ._blocks import of_matrices
 from ._decompose import Cut, certificate, cut, svd, uncut
 from ._derivative import Factors, FullRank
+from ._fast import seminormal
+from ._library import triangular_solve
 from ._numerics import (
     cond,
-    flat,
     identity_like,
     largest_entry,
     native_batch,
@@ -29,14 +31,14 @@ from ._numerics import (
     where_matrix,
 )
 from ._operator import Operator
-from ._reduce import cholesky, factors, orthonormal
+from ._reduce import cholesky, orthonormal, split, triangle
 from ._scaling import scale_columns
 
 
 class Factored(NamedTuple):
     """Factors of `down` T, and the first system solved with them."""
 
-    q: jax.Array  # (*batch, p m), `flat`; zero where no Q is needed
+    q: jax.Array | None  # (*batch, p m), `flat`; None: formed from T and R where it is needed
     # (*batch, p, p), the identity where T is not finite; where the Gram matrix is accepted its inverse factor
     r: jax.Array
     cut: Cut
@@ -66,20 +68,15 @@ def _factorise(
     b_finite: jax.Array,
 ) -> Factored:
     b = scale_columns(b, b_down, b_finite)
-    f = jnp.zeros((*t.shape[:-1], b.shape[-1]), t.dtype) if adjoint else b
-    g = b if adjoint else None
-
-    def decided(q, r, finite, proven):
-        """Q, R without NaN, the decision on it, and the solution where nothing is truncated."""
-        q, r, decision = cut(driver, q, r, rcond, finite, proven)
-        regular = where_matrix(decision.full & decision.usable, r, identity_like(r))
-        return q, r, decision, FullRank(Operator(t), q, regular).solve(f, g)
+    f, g = (None, b) if adjoint else (b, None)
 
     if not _by_gram(t):
         largest, finite = largest_entry(t, (-2, -1))
         up, down = power_of_two(largest)
         q, r = orthonormal(scaled(t, down))
-        q, r, decision, solution = decided(q, r, finite, jnp.zeros_like(finite))
+        q, r, decision = cut(driver, q, r, rcond, finite, jnp.zeros_like(finite))
+        zero = jnp.zeros((*t.shape[:-1], b.shape[-1]), t.dtype)
+        solution = FullRank(Operator(t), q, decision.regular(r)).solve(zero if f is None else f, g)
         return Factored(q, r, decision, None, up, down, finite, solution)
 
     gram = cholesky.factor(t, rows_apart=adjoint)
@@ -90,25 +87,33 @@ def _factorise(
         accepted = accepted & certificate.full_rank(gram.condition, rcond)
     # Where it is not accepted it is still computed with: nothing in it may overflow.
     accepted = accepted | ~finite
-    inverse, triangle = (where_matrix(accepted, x, identity_like(x)) for x in (gram.inverse, gram.triangle))
-    gram = gram._replace(inverse=inverse, triangle=triangle, accepted=accepted)
-    solution = FullRank(Operator(t), None, gram.triangle, gram=gram).solve(f, g)
+    inverse, gram_r = (where_matrix(accepted, x, identity_like(x)) for x in (gram.inverse, gram.triangle))
+    gram = gram._replace(inverse=inverse, triangle=gram_r, accepted=accepted)
+    solution = seminormal.augmented(Operator(t), gram, f, g)[:2]
     one = jnp.ones(accepted.shape, gram.squares.dtype)
 
     def fast():
-        return jnp.zeros_like(flat(t)), inverse, uncut(driver, inverse), one, one, solution
+        return inverse, uncut(driver, inverse), one, one, solution
 
     def careful():
         size = jnp.where(accepted, 1, largest_entry(t, (-2, -1))[0])
         up, down = power_of_two(size)
-        q, r = factors(t, down, None if driver == "gels" else rcond)
+        threshold = None if driver == "gels" else rcond
+        r, c, v = (triangle(t, down, threshold), b, b) if adjoint else split(t, b, down, threshold)
         # Not used there but to compute with.
         r = where_matrix(accepted, inverse, r)
-        q, r, decision, by_factors = decided(q, r, finite, accepted)
-        return q, r, decision, up, down, jax.tree.map(partial(pick, accepted), solution, by_factors)
+        _, r, decision = cut(driver, None, r, rcond, finite, accepted)
+        regular = decision.regular(r)
+        if adjoint:
+            # T y is as accurate as Q (Paige 1973).
+            y = -triangular_solve(regular, triangular_solve(regular, b, adjoint=True))
+            v = -Operator(t, down).times(y)
+        else:
+            y = triangular_solve(regular, c)
+        return r, decision, up, down, jax.tree.map(partial(pick, accepted), solution, (v, y))
 
-    q, r, decision, up, down, solution = cond(accepted.all(), fast, careful, t, rcond, b)
-    return Factored(q, r, decision, gram, up, down, finite, solution)
+    r, decision, up, down, solution = cond(accepted.all(), fast, careful, t, rcond, b)
+    return Factored(None, r, decision, gram, up, down, finite, solution)
 
 
 @cache
@@ -126,7 +131,8 @@ def factorise(driver: str, adjoint: bool) -> Callable[..., Factored]:
         # To compute the residuals of many right-hand sides anew costs less than to keep them.
         keep = adjoint or b.shape[-1] <= t.shape[-1]
         solution = leaf if keep else None, leaf
-        structure = jax.tree.structure(Factored(leaf, leaf, cut, gram, leaf, leaf, leaf, solution))
+        q = None if gram else leaf
+        structure = jax.tree.structure(Factored(q, leaf, cut, gram, leaf, leaf, leaf, solution))
 
         def leaves(*data):
             out = _factorise(driver, adjoint, *data)
@@ -150,7 +156,7 @@ def factorise(driver: str, adjoint: bool) -> Callable[..., Factored]:
 def triplets(driver: str) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
     """(T, `Factored`) -> c, s, V of `down` T = U diag(s) V^H; s is zero where T is not finite.
 
-    U is Q c, and T c where the Gram matrix is accepted.
+    U is Q c, or where there is no Q the columns of T c, normalised.
     """
 
     def decompose(t, finite, r, *accepted):
@@ -159,10 +165,10 @@ def triplets(driver: str) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array
             return svd.factors(r, driver)
         by_gram = accepted[0] & finite
         r = where_matrix(by_gram, cholesky.triangle(t, cholesky.factor(t)), r)
-        u, s, v = svd.factors(r, driver)
-        # T V = U diag(s): as orthonormal as the condition number, which is small here, allows
-        inverse = jnp.where(by_gram[..., None], 1 / jnp.where(s > 0, s, 1), 0)
-        return where_matrix(accepted[0], v * inverse[..., None, :].astype(v.dtype), u), s, v
+        _, s, v = svd.factors(r, driver)
+        # T V = U diag(s): as orthonormal as a gap of s_i allows any vectors to be
+        inverse = jnp.where(s > 0, 1 / jnp.where(s > 0, s, 1), 0)
+        return v * inverse[..., None, :].astype(v.dtype), s, v
 
     batched = native_batch(of_matrices(decompose), 4, (False,) * 3)
 

@@ -11,6 +11,8 @@ from jax import lax
 
 # Columns of one matrix up to which single precision is worth a try in itself.
 _SINGLE = 64
+# Terms from which a sum in single precision has lost digits.
+_MANY = 10_000
 
 
 def H(a: jax.Array) -> jax.Array:
@@ -71,6 +73,12 @@ def in_double(shape: tuple[int, ...], dtype: Any) -> bool:
     """
     *batch, _, p = shape
     return jnp.finfo(dtype).bits == 32 and (len(batch) > 0 or p > _SINGLE)
+
+
+def many_terms(t: jax.Array) -> bool:
+    """Whether sums over the rows of T, in single precision, lose digits that a correction brings back."""
+    m = t.shape[-2]
+    return jnp.finfo(t.dtype).bits == 32 and (not isinstance(m, int) or m > _MANY)
 
 
 @contextmanager

@@ -208,16 +208,36 @@ def test_sketch_is_as_good_as_householder(kappa, precision):
         assert np.linalg.norm(gram - np.eye(p)) < size or np.linalg.matrix_rank(exact, eps) < p
         assert np.linalg.norm(gram @ r - r) < size
         assert np.linalg.norm(q @ r - exact) < 10 * eps * np.linalg.norm(exact)
-        ours = jax.jit(sketch.project)(factors, b[:, None])
-        theirs = jax.jit(householder.reduce_augmented)(A, b[:, None])
+        both = partial(sketch.split, factors), partial(householder.split, A)
+        ours, theirs = (split(b[:, None]) for split in both)
         s, t = (np.linalg.svd(np.asarray(x[0], float), compute_uv=False) for x in (ours, theirs))
         np.testing.assert_allclose(s, t, atol=10 * eps)
         # The range of A is known up to kappa eps (Wedin 1972), by any method.
         size = 10 * eps * kappa * np.linalg.norm(b) ** 2
-        np.testing.assert_allclose(ours[2], theirs[2], atol=size)
+        np.testing.assert_allclose((ours[2] ** 2).sum(), (theirs[2] ** 2).sum(), atol=size)
         np.testing.assert_allclose((ours[1] ** 2).sum(), (theirs[1] ** 2).sum(), atol=size)
     else:
         assert kappa * eps > 1e-2
+
+
+@pytest.mark.parametrize("kappa", [1e1, 1e5, 1e14])
+def test_factors_from_a_triangle(kappa, precision):
+    """As good as those of Householder's method, that R is from, for columns of any size."""
+    dtype = np.float64 if precision else np.float32
+    eps = np.finfo(dtype).eps
+    rng = np.random.default_rng(3)
+    m, p = 400, 20
+    A, _ = problem(rng, m, p, min(kappa, 0.01 / eps), dtype)
+    A = A * (2.0 ** rng.integers(-20, 20, p)).astype(dtype)
+    r = np.insert(np.insert(householder.triangle(np.delete(A, 5, axis=1)), 5, 0, axis=0), 5, 0, axis=1)
+    A[:, 5], r[5, 5] = 0, 1
+    q, r2 = jax.jit(cholesky.from_triangle)(A, r)
+    q = np.asarray(q, float).reshape(p, m).T
+    eye = np.diag(np.arange(p) != 5)
+    assert np.linalg.norm(q.T @ q - eye) < 10 * p * eps
+    error = q @ (np.asarray(r2, float) @ np.asarray(r, float)) - A
+    assert (np.linalg.norm(error, axis=0) <= p * eps * np.linalg.norm(A, axis=0)).all()
+    np.testing.assert_allclose(r2, np.eye(p), atol=p * eps * min(kappa, 0.01 / eps))
 
 
 def test_sketch_drops_nothing_that_counts(precision):

@@ -37,6 +37,10 @@ class Cut(NamedTuple):
     def rank(self) -> jax.Array:
         return self.mask.sum(-1)
 
+    def regular(self, r: jax.Array) -> jax.Array:
+        """R where nothing is truncated, elsewhere the identity."""
+        return where_matrix(self.full & self.usable, r, identity_like(r))
+
 
 class Decision(NamedTuple):
     """The kept part of each R of a batch, and where it is everything."""
@@ -148,9 +152,9 @@ def uncut(driver: str, r: jax.Array) -> Cut:
 
 
 def cut(
-    driver: str, q: jax.Array, r: jax.Array, rcond: jax.Array, ok: jax.Array, proven: jax.Array
-) -> tuple[jax.Array, jax.Array, Cut]:
-    """Q (`flat`), R without NaN and Inf, and the derivatives' decision on it, the same as the values'.
+    driver: str, q: jax.Array | None, r: jax.Array, rcond: jax.Array, ok: jax.Array, proven: jax.Array
+) -> tuple[jax.Array | None, jax.Array, Cut]:
+    """Q (`flat`, if there is one), R without NaN and Inf, and the derivatives' decision, that of the values.
 
     Where `proven`, T is known to be of full rank. One branch for the batch, as in `solve_decided`.
     """
@@ -168,7 +172,9 @@ def cut(
             u, rotated, kept = svd.decide(safe, rcond, driver)
             pivots = None
         # Elements of full rank are turned by the identity: to pick would take one more array of Q's size.
-        turned = mm(where_matrix(full, identity_like(u), u).mT, transposed(q, r)).reshape(q.shape)
+        turned = None
+        if q is not None:
+            turned = mm(where_matrix(full, identity_like(u), u).mT, transposed(q, r)).reshape(q.shape)
         decision = Cut(pivots, kept | full[..., None], full, usable)
         return turned, where_matrix(full, safe, rotated), decision
 
@@ -178,7 +184,7 @@ def cut(
 def expand(r: jax.Array, cut: Cut) -> Decision:
     """The decision with the factors of the kept part. Elements of full rank: R = I R I^H."""
     full = cut.full
-    whole = _whole(where_matrix(full & cut.usable, r, identity_like(r)))
+    whole = _whole(cut.regular(r))
     if cut.pivots is not None:
         kept = complete_orthogonal.rebuild(r, cut.pivots, cut.mask)
     else:

@@ -1,6 +1,7 @@
 """Reduce: the tall T = Q R, the only step that touches m x n data.
 
-`triangle` gives R alone, `project` R and what a right-hand side needs of Q, `orthonormal` Q itself.
+`triangle` gives R alone, `project` and `split` R and what a right-hand side needs of Q, `orthonormal` Q
+itself.
 This module chooses how: by products where T is very tall and they are proven stable, else Householder.
 """
 
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 
 from .. import _lanes as lanes
-from .._numerics import cond, flat, native_batch, pick, scaled
+from .._numerics import abs2, cond, flat, native_batch, pick, scaled
 from . import cholesky, householder, sketch
 
 
@@ -27,10 +28,29 @@ def project(
         return lanes.project(scaled(t, down), b)
     # Each right-hand side that rides along in QR of [T, b] costs as much as a column of T;
     # beyond about p of them forming Q once is cheaper.
-    by_householder = householder.reduce_augmented if b.shape[-1] <= t.shape[-1] else householder.reduce_apply
-    return _by_sketch(
-        t, down, rcond, lambda z: sketch.project(z, b), lambda: by_householder(scaled(t, down), b), b
-    )
+    few = b.shape[-1] <= t.shape[-1]
+
+    def by_householder():
+        if few:
+            return householder.reduce_augmented(scaled(t, down), b)
+        return _with_norms(*householder.split(scaled(t, down), b))
+
+    return _by_sketch(t, down, rcond, lambda z: _with_norms(*sketch.split(z, b)), by_householder, b)
+
+
+def _with_norms(r: jax.Array, c: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return r, c, abs2(v).sum(-2)
+
+
+def split(
+    t: jax.Array, b: jax.Array, down: jax.Array, rcond: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """R, Q^H b and (I - Q Q^H) b; as `project`."""
+
+    def by_householder():
+        return householder.split(scaled(t, down), b)
+
+    return _by_sketch(t, down, rcond, lambda z: sketch.split(z, b), by_householder, b)
 
 
 def triangle(t: jax.Array, down: jax.Array | None = None, rcond: jax.Array | None = None) -> jax.Array:
@@ -50,38 +70,37 @@ def _by_sketch(
     if not sketch.worthwhile(t.shape):
         return by_householder()
     z = sketch.precondition(t, down, rcond)
+    # Before the branch, where nothing is kept for it: the other one's scratch then takes the place of Z.
     out = by_products(z)
     return cond(z.accepted, lambda: out, by_householder, t, *data)
-
-
-def factors(
-    t: jax.Array, down: jax.Array | None = None, rcond: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Q (`flat`) and R of a T of any condition number, scaled by `down`; `rcond` as in `project`.
-
-    Rows of R that are zero have none of Q.
-    """
-
-    def by_householder():
-        return _flat(*householder.orthonormal(scaled(t, down)))
-
-    return _by_sketch(t, down, rcond, lambda z: _flat(*sketch.orthonormal(z)), by_householder)
 
 
 def _flat(q: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
     return flat(q), r
 
 
+def _factors(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Q (`flat`) and R of a T of any condition number."""
+
+    def by_householder():
+        return _flat(*householder.orthonormal(t))
+
+    if not sketch.worthwhile(t.shape):
+        return by_householder()
+    z = sketch.precondition(t)
+    return cond(z.accepted, lambda: _flat(*sketch.orthonormal(z)), by_householder, t)
+
+
 def _orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
     if lanes.worthwhile(t.shape):
         return _flat(*lanes.qr(t))
     if not cholesky.worthwhile(t.shape, t.dtype):
-        return factors(t)
+        return _factors(t)
     gram = cholesky.factor(t)
     by_products = _flat(*cholesky.orthonormal(t, gram))
 
     def otherwise():
-        return jax.tree.map(partial(pick, gram.accepted), by_products, factors(t))
+        return jax.tree.map(partial(pick, gram.accepted), by_products, _factors(t))
 
     return cond(gram.accepted.all(), lambda: by_products, otherwise, t)
 

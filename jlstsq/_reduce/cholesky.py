@@ -31,6 +31,7 @@ from .._numerics import (
     H,
     cond,
     double_precision,
+    flat,
     identity_like,
     in_double,
     largest,
@@ -69,6 +70,10 @@ class Gram(NamedTuple):
     accepted: jax.Array  # (*batch) bool: G lost nothing, is definite, and theta small
     squares: jax.Array  # (*batch, p), of the column norms
     precise: jax.Array  # (*batch) bool: the triangle is R as good as Householder's
+
+    def refused(self, t: jax.Array) -> jax.Array:
+        """T where the Gram matrix is not accepted, zero elsewhere."""
+        return where_matrix(self.accepted, jnp.zeros_like(t), t)
 
     def solve(self, c: jax.Array) -> jax.Array:
         """D R^-1 c."""
@@ -269,6 +274,23 @@ def _factor(rows_apart: bool, double: bool, implicit: bool, t: jax.Array) -> Gra
             squares=in_working_precision,
             precise=jnp.full_like(accepted, double),
         )
+
+
+def from_triangle(t: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Q (`flat`) and R2 with T = Q (R2 R), a QR factorisation, for R from another one of T, of any condition.
+
+    Substitution with R has a small error in every row of Z = T R^-1 (Higham, Accuracy and Stability, 2002,
+    section 8.1), and Z is nearly orthonormal: so its Gram matrix is safe, and R2 next to the identity.
+    Columns of T that are zero stay so.
+    """
+    z = H(triangular_solve(r, H(t), adjoint=True))
+    gram = product(z)
+    empty = jnp.diagonal(gram, axis1=-2, axis2=-1) == 0
+    eye = identity_like(gram)
+    r2 = H(cholesky(jnp.where(empty[..., None], eye, gram)))
+    # Of columns that depend on each other more than R can tell nothing is right, but it is to be finite.
+    r2 = where_matrix(jnp.isfinite(r2).all((-2, -1)), r2, eye)
+    return flat(mm(z, inverse(r2))), r2
 
 
 def _harmful(gram: Gram) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _library as library
-from .._numerics import H, abs2, mm
+from .._numerics import H, abs2, many_terms, mm
 
 
 def triangle(t: jax.Array) -> jax.Array:
@@ -29,8 +29,12 @@ def reduce_augmented(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, 
     return r[..., :p, :p], r[..., :p, p:], abs2(r[..., p:, p:]).sum(-2)
 
 
-def reduce_apply(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """R, Q^H b and the residual norms from an explicit Q."""
+def split(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """R, Q^H b and (I - Q Q^H) b, from an explicit Q."""
     q, r = orthonormal(t)
     c = mm(H(q), b)
-    return r, c, abs2(b - mm(q, c)).sum(-2)
+    v = b - mm(q, c)
+    if many_terms(t):
+        step = mm(H(q), v)
+        c, v = c + step, v - mm(q, step)
+    return r, c, v

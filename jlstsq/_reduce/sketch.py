@@ -126,14 +126,14 @@ def precondition(
     return Preconditioned(z, r2, r2_inverse, u, r, accepted)
 
 
-def project(f: Preconditioned, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """R, Q^H b and the squared norms of the columns of (I - Q Q^H) b."""
+def split(f: Preconditioned, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """R, Q^H b and (I - Q Q^H) b."""
     c, r = jnp.zeros((f.z.shape[-1], b.shape[-1]), b.dtype), b
     # The second step removes the rounding errors of R2^H R2, which are those of sums of m terms.
     for _ in range(2):
         step = triangular_solve(f.r2, H(mm(H(r), f.z)), adjoint=True)
         c, r = c + step, r - mm(f.z, triangular_solve(f.r2, step))
-    return f.r, mm(H(f.u), c), abs2(r).sum(-2)
+    return f.r, mm(H(f.u), c), r
 
 
 def orthonormal(f: Preconditioned) -> tuple[jax.Array, jax.Array]:
