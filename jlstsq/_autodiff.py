@@ -68,10 +68,12 @@ def linear_solve(matvec: Callable, b: Any, solve: Callable, transpose_solve: Cal
     return _tied(lax.custom_linear_solve(lambda z: _tied(matvec(_tied(z))), _tied(b), solve, transpose_solve))
 
 
-def choose(flags: jax.Array, common: Callable, rare: Callable | None, *operands: Any) -> Any:
+def choose(
+    flags: jax.Array, common: Callable, rare: Callable | None, *operands: Any, known: Any = None
+) -> Any:
     """`rare` of the operands where a flag of the batch is set, else `common`, both differentiable.
 
-    Without a rare one it is `common`.
+    Without a rare one it is `common`. Where the value is `known` only its derivatives are computed.
 
     The operands have the batch dimensions `flags` (*batch) has. On CPU a large batch goes block by
     block, and each block takes its own branch. The derivative keeps the operands and nothing else:
@@ -88,7 +90,7 @@ def choose(flags: jax.Array, common: Callable, rare: Callable | None, *operands:
     # Inside shard_map all of one type: an operand that does not vary has its derivative summed outside.
     flags, operands = varying((flags, operands))
     # Each is needed in many places below; a jitted one is traced, and differentiated, once.
-    return _choose(tuple(jax.jit(f) for f in (common, rare) if f is not None), flags, operands)
+    return _choose(tuple(jax.jit(f) for f in (common, rare) if f is not None), flags, operands, known)
 
 
 def _branch(flags: jax.Array, functions: Sequence[Callable], data: Any) -> Any:
@@ -130,12 +132,12 @@ def _branch_in_blocks(flags: jax.Array, functions: Sequence[Callable], data: Any
 
 # Not a closure over its arguments: JAX keeps the rule for as long as the program.
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _choose(branches: tuple[Callable, ...], flags: jax.Array, operands: tuple) -> Any:
-    return _branch_in_blocks(flags, branches, operands)
+def _choose(branches: tuple[Callable, ...], flags: jax.Array, operands: tuple, known: Any) -> Any:
+    return _branch_in_blocks(flags, branches, operands) if known is None else known
 
 
 def _choose_rule(branches, primals, tangents):
-    flags, operands = primals
+    flags, operands, known = primals
     where, moves = _moves(operands, tangents[1])
 
     def forwards(branch, operands, moves):
@@ -147,7 +149,7 @@ def _choose_rule(branches, primals, tangents):
         return list(jax.vjp(of_moving, *at)[1](cotangents))
 
     pushes, pulls = ([partial(way, branch) for branch in branches] for way in (forwards, backwards))
-    out = _choose(branches, flags, operands)
+    out = _choose(branches, flags, operands, known)
     rhs = jax.tree.map(jnp.zeros_like, out), moves
 
     def matvec(z):

@@ -125,8 +125,8 @@ class Factors(NamedTuple):
     # (*batch) a power of two: everything else, and all results, are for `down` t in the place of T;
     # 1 where the Gram matrix is accepted
     down: jax.Array | None = None
-    # (v, y) of the right-hand sides that are solved for, where nothing is truncated; v None: f - T y
-    solved: tuple[jax.Array | None, jax.Array] | None = None
+    # (v, y, rho) of the right-hand sides that are solved for, see `_factors.Factored`; v None: f - T y
+    solved: tuple[jax.Array | None, jax.Array, jax.Array | None] | None = None
 
     @property
     def wide(self) -> bool:
@@ -478,7 +478,7 @@ class Problem(NamedTuple):
 
     full_rank: FullRank
     w: Any = None  # (*batch, n, p); None: it and E are the identity
-    solved: tuple[jax.Array | None, jax.Array] | None = None
+    solved: tuple[jax.Array | None, jax.Array, jax.Array | None] | None = None
 
     @property
     def t(self) -> Operator:
@@ -555,9 +555,12 @@ def _truncated(driver: str, factors: Factors) -> Problem:
     return Problem(FullRank(f, *outer, kept=kept, weights=weights, ridge=ridge, gram=gram), basis)
 
 
-def with_problem(driver: str, fun: Callable[..., Any], factors: Factors, *operands: jax.Array) -> Any:
+def with_problem(
+    driver: str, fun: Callable[..., Any], factors: Factors, *operands: jax.Array, known: Any = None
+) -> Any:
     """`fun` of the kept part and the operands, differentiable in them, in T, the weights and the ridge.
 
+    Its value need not be computed where it is `known`.
     The batch, also that of a user's vmap, takes one branch: that of its worst element. Where nothing is
     truncated the cost is that of a few products with T. But each element is solved as it would be alone.
     """
@@ -571,7 +574,7 @@ def with_problem(driver: str, fun: Callable[..., Any], factors: Factors, *operan
     if factors.wide:
         return truncated(factors, *operands)
     rare = None if driver == "gels" else truncated
-    return choose(~factors.decision.full, whole, rare, factors, *operands)
+    return choose(~factors.decision.full, whole, rare, factors, *operands, known=known)
 
 
 def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool, *scaling: jax.Array):
@@ -590,7 +593,7 @@ def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool, *scaling: 
         weights, f = full_rank.weights, full_rank.f
         zero = f.zeros(b, rows=adjoint)
         if problem.solved is not None:
-            v, y = problem.solved
+            v, y, _ = problem.solved
             if v is None:
                 v = lax.stop_gradient(b - f.times(y))
             v, y, rho = solved(full_rank, *((zero, b) if adjoint else (b, zero)), v, y)
@@ -607,7 +610,11 @@ def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool, *scaling: 
             d_v = None if wide else problem.dropped_adjoint(weigh(weights, v))
         return x, None if wide else squared_residual(problem.t, b, x, v, d_v, weights, full_rank.ridge)
 
-    return with_problem(driver, apply, factors, b, *scaling)
+    known = None
+    if factors.solved is not None:
+        v, y, rho = factors.solved
+        known = (v, None) if adjoint else (y, rho)
+    return with_problem(driver, apply, factors, b, *scaling, known=known)
 
 
 def _onto_columns(full_rank: FullRank, rhs: jax.Array) -> jax.Array:

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from . import _lanes as lanes
 from ._blocks import of_matrices
 from ._decompose import Cut, certificate, cut, svd, uncut
-from ._derivative import Factors, FullRank
+from ._derivative import Factors
 from ._fast import seminormal
-from ._library import triangular_solve
 from ._numerics import (
+    abs2,
     cond,
     identity_like,
     largest_entry,
@@ -28,10 +28,11 @@ from ._numerics import (
     pick,
     power_of_two,
     scaled,
+    transposed,
     where_matrix,
 )
 from ._operator import Operator
-from ._reduce import cholesky, orthonormal, split, triangle
+from ._reduce import cholesky, householder, orthonormal, split, triangle
 from ._scaling import scale_columns
 
 
@@ -46,8 +47,9 @@ class Factored(NamedTuple):
     up: jax.Array  # (*batch) the scale of T, 1 where the Gram matrix is accepted
     down: jax.Array  # (*batch) and its inverse
     finite: jax.Array  # (*batch) bool
-    # v (*batch, m, k) and y (*batch, p, k), where nothing is truncated
-    solved: tuple[jax.Array | None, jax.Array]
+    # v (*batch, m, k), y (*batch, p, k) and, where g = 0, the squared residuals. Where something is truncated
+    # the solution is right, v for the adjoint problem and else y, and the residuals, but nothing else.
+    solved: tuple[jax.Array | None, jax.Array, jax.Array | None]
 
     def factors(self, t: jax.Array) -> Factors:
         """With the differentiable T."""
@@ -68,15 +70,21 @@ def _factorise(
     b_finite: jax.Array,
 ) -> Factored:
     b = scale_columns(b, b_down, b_finite)
-    f, g = (None, b) if adjoint else (b, None)
+
+    def decided(q, r, c, v, down, proven):
+        """From Q if there is one, R, Q^H b and (I - Q Q^H) b, of T scaled by `down`."""
+        q, r, decision, y, rest = cut(driver, adjoint, q, r, rcond, finite, proven, c)
+        if adjoint:
+            # T y is as accurate as Q (Paige 1973).
+            return q, r, decision, (Operator(t, down).times(y), -y, None)
+        return q, r, decision, (v, y, abs2(v).sum(-2) + rest)
 
     if not _by_gram(t):
         largest, finite = largest_entry(t, (-2, -1))
         up, down = power_of_two(largest)
         q, r = orthonormal(scaled(t, down))
-        q, r, decision = cut(driver, q, r, rcond, finite, jnp.zeros_like(finite))
-        zero = jnp.zeros((*t.shape[:-1], b.shape[-1]), t.dtype)
-        solution = FullRank(Operator(t), q, decision.regular(r)).solve(zero if f is None else f, g)
+        c, v = (b, b) if adjoint else householder.apart(transposed(q, r).mT, b)
+        q, r, decision, solution = decided(q, r, c, v, down, jnp.zeros_like(finite))
         return Factored(q, r, decision, None, up, down, finite, solution)
 
     gram = cholesky.factor(t, rows_apart=adjoint)
@@ -89,7 +97,8 @@ def _factorise(
     accepted = accepted | ~finite
     inverse, gram_r = (where_matrix(accepted, x, identity_like(x)) for x in (gram.inverse, gram.triangle))
     gram = gram._replace(inverse=inverse, triangle=gram_r, accepted=accepted)
-    solution = seminormal.augmented(Operator(t), gram, f, g)[:2]
+    v, y, _ = seminormal.augmented(Operator(t), gram, *((None, b) if adjoint else (b, None)))
+    solution = v, y, None if adjoint else abs2(v).sum(-2)
     one = jnp.ones(accepted.shape, gram.squares.dtype)
 
     def fast():
@@ -102,15 +111,8 @@ def _factorise(
         r, c, v = (triangle(t, down, threshold), b, b) if adjoint else split(t, b, down, threshold)
         # Not used there but to compute with.
         r = where_matrix(accepted, inverse, r)
-        _, r, decision = cut(driver, None, r, rcond, finite, accepted)
-        regular = decision.regular(r)
-        if adjoint:
-            # T y is as accurate as Q (Paige 1973).
-            y = -triangular_solve(regular, triangular_solve(regular, b, adjoint=True))
-            v = -Operator(t, down).times(y)
-        else:
-            y = triangular_solve(regular, c)
-        return r, decision, up, down, jax.tree.map(partial(pick, accepted), solution, (v, y))
+        _, r, decision, careful_solution = decided(None, r, c, v, down, accepted)
+        return r, decision, up, down, jax.tree.map(partial(pick, accepted), solution, careful_solution)
 
     r, decision, up, down, solution = cond(accepted.all(), fast, careful, t, rcond, b)
     return Factored(None, r, decision, gram, up, down, finite, solution)
@@ -130,7 +132,7 @@ def factorise(driver: str, adjoint: bool) -> Callable[..., Factored]:
         cut = Cut(*[leaf] * len(Cut._fields))._replace(pivots=leaf if driver == "gelsy" else None)
         # To compute the residuals of many right-hand sides anew costs less than to keep them.
         keep = adjoint or b.shape[-1] <= t.shape[-1]
-        solution = leaf if keep else None, leaf
+        solution = leaf if keep else None, leaf, None if adjoint else leaf
         q = None if gram else leaf
         structure = jax.tree.structure(Factored(q, leaf, cut, gram, leaf, leaf, leaf, solution))
 
@@ -138,8 +140,8 @@ def factorise(driver: str, adjoint: bool) -> Callable[..., Factored]:
             out = _factorise(driver, adjoint, *data)
             # A batch's triangles are large: `r` has the one that is needed of each.
             slim = out.gram and out.gram._replace(inverse=None, triangle=None)
-            v, y = out.solved
-            return tuple(jax.tree.leaves(out._replace(gram=slim, solved=(v if keep else None, y))))
+            v, y, rho = out.solved
+            return tuple(jax.tree.leaves(out._replace(gram=slim, solved=(v if keep else None, y, rho))))
 
         columns = len(jax.tree.leaves(solution))
         columns_out = (False,) * (structure.num_leaves - columns) + (True,) * columns

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from .. import _library as library
 from .._blocks import of_matrices
 from .._library import triangular_solve
-from .._numerics import cond, identity_like, mm, native_batch, pick, transposed, where_matrix
+from .._numerics import H, abs2, cond, identity_like, mm, native_batch, pick, transposed, where_matrix
 from . import certificate, complete_orthogonal, svd
 from .kept import Kept
 
@@ -152,17 +152,27 @@ def uncut(driver: str, r: jax.Array) -> Cut:
 
 
 def cut(
-    driver: str, q: jax.Array | None, r: jax.Array, rcond: jax.Array, ok: jax.Array, proven: jax.Array
-) -> tuple[jax.Array | None, jax.Array, Cut]:
+    driver: str,
+    adjoint: bool,
+    q: jax.Array | None,
+    r: jax.Array,
+    rcond: jax.Array,
+    ok: jax.Array,
+    proven: jax.Array,
+    c: jax.Array,
+) -> tuple[jax.Array | None, jax.Array, Cut, jax.Array, jax.Array]:
     """Q (`flat`, if there is one), R without NaN and Inf, and the derivatives' decision, that of the values.
 
-    Where `proven`, T is known to be of full rank. One branch for the batch, as in `solve_decided`.
+    And y as in `solve_decided`, with |c - R y|^2 by columns. Where `proven`, T is known to be of full rank.
+    One branch for the batch.
     """
     safe, full, usable = _certify(driver, r, rcond, ok)
     full, usable = full | proven, usable | proven
     whole = uncut(driver, r)._replace(full=full, usable=usable)
+    y = _solve_full(whole.regular(safe), c, adjoint)
+    rest = jnp.zeros((*c.shape[:-2], c.shape[-1]), rcond.dtype)
     if driver == "gels":
-        return q, safe, whole
+        return q, safe, whole, y, rest
 
     def truncated():
         if driver == "gelsy":
@@ -176,9 +186,18 @@ def cut(
         if q is not None:
             turned = mm(where_matrix(full, identity_like(u), u).mT, transposed(q, r)).reshape(q.shape)
         decision = Cut(pivots, kept | full[..., None], full, usable)
-        return turned, where_matrix(full, safe, rotated), decision
+        rotated = where_matrix(full, safe, rotated)
+        part = expand(rotated, decision).kept
+        if adjoint:  # R y = R_k^+H c, R e = u r
+            z = triangular_solve(part.l, mm(H(part.w), c), lower=True, adjoint=True)
+            y_k, left = mm(part.e, triangular_solve(part.r, z)), rest
+        else:
+            turned_c = mm(H(u), c)
+            y_k = mm(part.w, triangular_solve(part.l, mm(H(part.u), turned_c), lower=True))
+            left = jnp.where(full[..., None], 0, abs2(turned_c - mm(rotated, y_k)).sum(-2))
+        return turned, rotated, decision, where_matrix(full, y, y_k), left
 
-    return cond(full.all(), lambda: (q, safe, whole), truncated, q, r, rcond)
+    return cond(full.all(), lambda: (q, safe, whole, y, rest), truncated, q, r, rcond, c)
 
 
 def expand(r: jax.Array, cut: Cut) -> Decision:

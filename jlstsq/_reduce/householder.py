@@ -32,9 +32,14 @@ def reduce_augmented(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, 
 def split(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """R, Q^H b and (I - Q Q^H) b, from an explicit Q."""
     q, r = orthonormal(t)
+    return r, *apart(q, b)
+
+
+def apart(q: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Q^H b and (I - Q Q^H) b."""
     c = mm(H(q), b)
     v = b - mm(q, c)
-    if many_terms(t):
+    if many_terms(q):
         step = mm(H(q), v)
         c, v = c + step, v - mm(q, step)
-    return r, c, v
+    return c, v
