@@ -326,19 +326,28 @@ def _gram_dot(t: Operator, t_dot: Operator, weights, weights_dot, z: jax.Array) 
     return mm(out, z)
 
 
+def _row_space(d: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The eigenvalues of d^H d and their vectors, for a small matrix d or one of few rows or columns."""
+    if d.shape[-2] < d.shape[-1]:
+        eigenvalues, u = eigh(mm(d, H(d)))
+        nonzero = eigenvalues > 0
+        scale = jnp.where(nonzero, 1 / jnp.sqrt(jnp.where(nonzero, eigenvalues, 1)), 0)
+        return eigenvalues, mm(H(d), u) * scale[..., None, :].astype(u.dtype)
+    return eigh(mm(H(d), d))
+
+
 @jax.custom_jvp
-def singular_basis(t, weights, w, inverse, s, kept, dropped):
+def singular_basis(t, weights, w, inverse, s, kept, eigenvalues, v):
     """w, an orthonormal basis of the kept right singular vectors of W^(1/2) T, as a function of T and W.
 
-    T is an `Operator`, s are its singular values, `inverse` is K, and `dropped` has the Gram matrix
-    D^H W D.
+    T is an `Operator`, s are its singular values, `inverse` is K, and D^H W D = v diag(eigenvalues) v^H.
     """
     return w
 
 
 @singular_basis.defjvp
 def _singular_basis_rule(primals, tangents):
-    t, weights, w, inverse, s, kept, dropped = primals
+    t, weights, w, inverse, s, kept, eigenvalues, v = primals
     t_dot, weights_dot = tangents[0]._replace(down=t.down), tangents[1]
     w = singular_basis(*primals)
 
@@ -353,13 +362,6 @@ def _singular_basis_rule(primals, tangents):
         return z - mm(_outside(w, squared(_outside(w, z))), k)
 
     # Solved in the basis of the dropped right singular vectors, where D^H W D and K are diagonal.
-    if dropped.shape[-2] < dropped.shape[-1]:
-        eigenvalues, u = eigh(mm(dropped, H(dropped)))
-        nonzero = eigenvalues > 0
-        scale = jnp.where(nonzero, 1 / jnp.sqrt(jnp.where(nonzero, eigenvalues, 1)), 0)
-        v = mm(H(dropped), u) * scale[..., None, :].astype(u.dtype)
-    else:
-        eigenvalues, v = eigh(mm(H(dropped), dropped))
     ratio = jnp.where(kept[..., None, :], eigenvalues[..., :, None] / (s**2)[..., None, :], 0)
     # Separated by the cut; the floor only keeps a cut through a rounding-level tie finite.
     gap = jnp.maximum(1 - ratio, jnp.finfo(s.dtype).eps)
@@ -519,25 +521,35 @@ def _truncated(driver: str, factors: Factors) -> Problem:
     full, wide = decision.full, factors.wide
     data = Operator(t, down)
     both = kept[..., :, None] & kept[..., None, :]
+    spectrum = driver in ("gelsd", "gelss")
     if q is None:
         # T e = Q (R2 r_e) and T_k w = T e r_e^-1 l. Of full rank e is the identity, and r_e is R.
         assert gram is not None
         q, r2 = from_triangle(lax.stop_gradient(mm(gram.refused(scaled(t, down)), e)), r_e)
-        whole = decision._replace(kept=decision.kept._replace(l=mm(r2, l)))
-        core = core_factors(mm(r2, r_e), whole, wide)
-    elif core is None:
-        core = core_factors(r, decision, wide, ridge)
+        decision = decision._replace(kept=decision.kept._replace(l=mm(r2, l)))
+        r = mm(r2, r_e)
+    if core is None:
+        # A diagonal l is a triangle already, and R2 l is.
+        triangle = where_matrix(full, r, decision.kept.l)
+        core = (u, triangle) if spectrum else core_factors(r, decision, wide)
     left, small = core
     small = where_matrix(decision.usable, small, identity_like(small))
 
-    if driver in ("gelsd", "gelss"):
+    if spectrum:
         s = abs(jnp.diagonal(l, axis1=-2, axis2=-1))
         without = small if ridge is None else core_factors(r, decision, wide)[1]
         inverse = jnp.where(both, FullRank(data, None, without).normal_solve(identity_like(r)), 0)
         basis = mm(factors.qt.mT, u) if wide else w
-        # W^(1/2) D = W^(1/2) T N_w = Q R N_w, R^H Q^H N_w where T is wide
-        dropped = H(_outside(basis, mm(factors.qt.mT, r) if wide else H(r)))
-        basis = singular_basis(data, weights, *lax.stop_gradient((basis, inverse, s, kept, dropped)))
+        if factors.core is None:
+            # R is diag(s) V^H, see `Cut`.
+            rows = jnp.where(kept[..., :, None], 0, factors.r)
+            squares = abs2(rows).sum(-1)
+            sizes = jnp.sqrt(jnp.where(squares > 0, squares, 1))
+            dropped = squares, H(rows / sizes[..., None].astype(r.dtype))
+        else:
+            # W^(1/2) D = W^(1/2) T N_w = Q R N_w, R^H Q^H N_w where T is wide
+            dropped = _row_space(H(_outside(basis, mm(factors.qt.mT, r) if wide else H(r))))
+        basis = singular_basis(data, weights, *lax.stop_gradient((basis, inverse, s, kept, *dropped)))
         oblique = basis
     elif wide:
         basis = range_basis(mm(H(t), e), lax.stop_gradient(mm(factors.qt.mT, u)), kept)

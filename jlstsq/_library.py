@@ -86,7 +86,7 @@ def _batched(
     """`fun`, a function of matrices to a tuple, for leading batch dimensions and a user's vmap.
 
     `count` is that of `_in_thread`, `columns_out` that of `native_batch`. `cuda` and `rocm` replace `fun`,
-    and `few` on CPU the SVD of batches of matrices of few columns (`_lanes`).
+    and `few` on CPU that of batches of matrices of few columns (`_lanes`).
     """
 
     def call(*args):
@@ -179,7 +179,7 @@ def _qr_of(mode: str) -> Callable:
 
 
 _triangle = _batched(_qr_of("r"), 2, (False,), cuda=_one_by_one(_qr_of("r")))
-_qr = _batched(_qr_of("reduced"), 4, (False, False), cuda=_one_by_one(_qr_of("reduced")))
+_qr = _batched(_qr_of("reduced"), 4, (False, False), lanes.qr, cuda=_one_by_one(_qr_of("reduced")))
 _cholesky = _batched(lambda a: (lax.linalg.cholesky(a, symmetrize_input=False),), 0.34, (False,))
 _lu = _batched(lambda a: tuple(lax.linalg.lu(a)[::2]), 0.67, (False, False))
 _eigh = _batched(lambda a: tuple(jnp.linalg.eigh(a, symmetrize_input=False)), 40, (False, False), lanes.eigh)
