@@ -33,7 +33,7 @@ from ._numerics import (
 )
 from ._operator import Operator
 from ._reduce import cholesky, householder, orthonormal, split, triangle
-from ._scaling import scale_columns
+from ._scaling import column_scales, scale_columns
 
 
 class Factored(NamedTuple):
@@ -47,6 +47,8 @@ class Factored(NamedTuple):
     up: jax.Array  # (*batch) the scale of T, 1 where the Gram matrix is accepted
     down: jax.Array  # (*batch) and its inverse
     finite: jax.Array  # (*batch) bool
+    b_size: tuple[jax.Array, jax.Array]  # (*batch, k), the scale of b and its inverse
+    b_finite: jax.Array  # (*batch, k) bool
     # v (*batch, m, k), y (*batch, p, k) and, where g = 0, the squared residuals. Where something is truncated
     # the solution is right, v for the adjoint problem and else y, and the residuals, but nothing else.
     solved: tuple[jax.Array | None, jax.Array, jax.Array | None]
@@ -60,16 +62,15 @@ def _by_gram(t: jax.Array) -> bool:
     return cholesky.worthwhile(t.shape, t.dtype) and not lanes.worthwhile(t.shape)
 
 
-def _factorise(
-    driver: str,
-    adjoint: bool,
-    t: jax.Array,
-    rcond: jax.Array,
-    b: jax.Array,
-    b_down: jax.Array,
-    b_finite: jax.Array,
-) -> Factored:
-    b = scale_columns(b, b_down, b_finite)
+def _keeps_residuals(adjoint: bool, t: jax.Array, b: jax.Array) -> bool:
+    """Whether v is kept: to compute the residuals of many right-hand sides anew costs less."""
+    return adjoint or b.shape[-1] <= t.shape[-1]
+
+
+def _factorise(driver: str, adjoint: bool, t: jax.Array, rcond: jax.Array, b: jax.Array) -> Factored:
+    keep = _keeps_residuals(adjoint, t, b)
+    b_size, b_finite = column_scales(b)
+    b = scale_columns(b, b_size[1], b_finite)
 
     def decided(q, r, c, v, down, proven):
         """From Q if there is one, R, Q^H b and (I - Q Q^H) b, of T scaled by `down`."""
@@ -77,7 +78,7 @@ def _factorise(
         if adjoint:
             # T y is as accurate as Q (Paige 1973).
             return q, r, decision, (Operator(t, down).times(y), -y, None)
-        return q, r, decision, (v, y, abs2(v).sum(-2) + rest)
+        return q, r, decision, (v if keep else None, y, abs2(v).sum(-2) + rest)
 
     if not _by_gram(t):
         largest, finite = largest_entry(t, (-2, -1))
@@ -85,7 +86,7 @@ def _factorise(
         q, r = orthonormal(scaled(t, down))
         c, v = (b, b) if adjoint else householder.apart(transposed(q, r).mT, b)
         q, r, decision, solution = decided(q, r, c, v, down, jnp.zeros_like(finite))
-        return Factored(q, r, decision, None, up, down, finite, solution)
+        return Factored(q, r, decision, None, up, down, finite, b_size, b_finite, solution)
 
     gram = cholesky.factor(t, rows_apart=adjoint)
     assert gram.inverse is not None
@@ -97,8 +98,12 @@ def _factorise(
     accepted = accepted | ~finite
     inverse, gram_r = (where_matrix(accepted, x, identity_like(x)) for x in (gram.inverse, gram.triangle))
     gram = gram._replace(inverse=inverse, triangle=gram_r, accepted=accepted)
-    v, y, _ = seminormal.augmented(Operator(t), gram, *((None, b) if adjoint else (b, None)))
-    solution = v, y, None if adjoint else abs2(v).sum(-2)
+    if keep:
+        v, y, _ = seminormal.augmented(Operator(t), gram, *((None, b) if adjoint else (b, None)))
+        rho = None if adjoint else abs2(v).sum(-2)
+    else:
+        v, (y, rho, _) = None, seminormal.least_squares(Operator(t), gram, b)
+    solution = v, y, rho
     one = jnp.ones(accepted.shape, gram.squares.dtype)
 
     def fast():
@@ -115,40 +120,38 @@ def _factorise(
         return r, decision, up, down, jax.tree.map(partial(pick, accepted), solution, careful_solution)
 
     r, decision, up, down, solution = cond(accepted.all(), fast, careful, t, rcond, b)
-    return Factored(None, r, decision, gram, up, down, finite, solution)
+    return Factored(None, r, decision, gram, up, down, finite, b_size, b_finite, solution)
 
 
 @cache
 def factorise(driver: str, adjoint: bool) -> Callable[..., Factored]:
-    """(T, rcond, b, b_down, b_finite) -> `Factored` for T (*batch, m, p) and b of any scale.
+    """(T, rcond, b) -> `Factored` for T (*batch, m, p) and b of any scale.
 
     The right-hand sides are b, its columns scaled, for T or for its adjoint.
     """
 
-    def call(t, rcond, b, b_down, b_finite):
+    def call(t, rcond, b):
         leaf: Any = 0
         gram = cholesky.Gram(*[leaf] * len(cholesky.Gram._fields))._replace(inverse=None, triangle=None)
         gram = gram if _by_gram(t) else None
         cut = Cut(*[leaf] * len(Cut._fields))._replace(pivots=leaf if driver == "gelsy" else None)
-        # To compute the residuals of many right-hand sides anew costs less than to keep them.
-        keep = adjoint or b.shape[-1] <= t.shape[-1]
-        solution = leaf if keep else None, leaf, None if adjoint else leaf
+        solution = leaf if _keeps_residuals(adjoint, t, b) else None, leaf, None if adjoint else leaf
         q = None if gram else leaf
-        structure = jax.tree.structure(Factored(q, leaf, cut, gram, leaf, leaf, leaf, solution))
+        of_columns = (leaf, leaf), leaf, solution
+        structure = jax.tree.structure(Factored(q, leaf, cut, gram, leaf, leaf, leaf, *of_columns))
 
         def leaves(*data):
             out = _factorise(driver, adjoint, *data)
             # A batch's triangles are large: `r` has the one that is needed of each.
             slim = out.gram and out.gram._replace(inverse=None, triangle=None)
-            v, y, rho = out.solved
-            return tuple(jax.tree.leaves(out._replace(gram=slim, solved=(v if keep else None, y, rho))))
+            return tuple(jax.tree.leaves(out._replace(gram=slim)))
 
-        columns = len(jax.tree.leaves(solution))
+        columns = len(jax.tree.leaves(of_columns))
         columns_out = (False,) * (structure.num_leaves - columns) + (True,) * columns
         # Many right-hand sides make blocks small; lanes are to be filled all the same.
         in_blocks = of_matrices(leaves, lanes.LANES) if lanes.worthwhile(t.shape) else of_matrices(leaves)
         batched = native_batch(in_blocks, 2, columns_out)
-        out = jax.tree.unflatten(structure, batched(t, rcond, b, b_down, b_finite))
+        out = jax.tree.unflatten(structure, batched(t, rcond, b))
         return out._replace(gram=out.gram and out.gram._replace(inverse=out.r))
 
     return call

@@ -300,6 +300,16 @@ def _eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.moveaxis(s * size[None], -1, 0), jnp.moveaxis(columns[:, a.shape[-1] :], -1, 0).mT
 
 
+def _turned(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """U, s and U^H A = diag(s) V^H of one block A (lanes, p, p), to the accuracy of Jacobi rotations."""
+    s, columns, size = _rotated(a, True)
+    p = a.shape[-1]
+    rows = columns[:, :p].conj() * size[None, None].astype(a.dtype)
+    out = jnp.swapaxes(columns[:, p:], 0, 1), s * size[None], rows
+    u, s, rows = (jnp.moveaxis(a, -1, 0) for a in out)
+    return u, s, rows
+
+
 def over_blocks(fun: Callable, *args: jax.Array) -> Any:
     """`fun` of the leading axis of its arguments, on CPU block by block."""
     n = args[0].shape[0]
@@ -348,6 +358,12 @@ def svd(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """U, s and V^H for A (*batch, p, p)."""
     u, s, vh = _batched(_svd, a)
     return u, s, vh
+
+
+def turned(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """U, s and U^H A = diag(s) V^H for A (*batch, p, p)."""
+    u, s, rows = _batched(_turned, a)
+    return u, s, rows
 
 
 def singular_values(a: jax.Array) -> tuple[jax.Array]:

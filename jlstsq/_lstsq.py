@@ -14,7 +14,7 @@ from ._factorization import factorize
 from ._factors import factorise, triplets
 from ._numerics import H, abs2, varying
 from ._result import LstsqResult
-from ._scaling import Scales, column_scales, good, unscale
+from ._scaling import Scales, good, unscale
 from ._sharding import automatic, explicit_mesh
 from ._values import values
 
@@ -141,13 +141,10 @@ def _on_explicit_mesh(mesh: Any, driver: str, A, B, weights, rcond, ridge) -> Ls
 
 def _differentiable(driver: str, wide: bool, t: jax.Array, b: jax.Array, rcond: jax.Array):
     """The same as `values`, written so that JAX can differentiate it to any order."""
-    b_size, b_finite = column_scales(b)
-    scaling = b_size[1], b_finite
-    data = lax.stop_gradient((t, rcond, b))
-    factored = lax.stop_gradient(factorise(driver, wide)(*data, *scaling))
+    factored = lax.stop_gradient(factorise(driver, wide)(*lax.stop_gradient((t, rcond, b))))
     factors = factored.factors(t)
-    x, rho = derivative.solve(driver, factors, b, wide, *scaling)
-    scales = Scales((factored.up, factored.down), b_size, factored.finite, b_finite)
+    x, rho = derivative.solve(driver, factors, b, wide, factored.b_size[1], factored.b_finite)
+    scales = Scales((factored.up, factored.down), factored.b_size, factored.finite, factored.b_finite)
     s = jnp.zeros(factored.r.shape[:-1], factored.up.dtype)
     if driver in ("gelsd", "gelss"):
         vectors = lax.stop_gradient(triplets(driver)(lax.stop_gradient(t), factored))

@@ -4,9 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from ._blocks import in_blocks
 from ._numerics import largest_entry, power_of_two, scale_by, scaled
 
 
@@ -33,7 +31,7 @@ def scale(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, Scales]:
 
 def column_scales(b: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """The scales of B's columns and their inverses, and where b is finite."""
-    largest, finite = in_blocks(lambda b: largest_entry(b, -2), b.shape[:-2], lax.stop_gradient(b))
+    largest, finite = largest_entry(b, -2)
     return power_of_two(largest), finite
 
 

@@ -158,8 +158,7 @@ def test_accepted_gradients_are_right(shape, precision, monkeypatch):
 
     without_q = gradients()
     rhs = np.broadcast_to(b[:, None], (len(A), len(b), 1))
-    unscaled = np.ones((len(A), 1), dtype), np.ones((len(A), 1), bool)
-    factored = factorise("gels", not tall)(A if tall else A.mT, np.zeros(len(A), dtype), rhs, *unscaled)
+    factored = factorise("gels", not tall)(A if tall else A.mT, np.zeros(len(A), dtype), rhs)
     accepted = factored.gram.accepted
     assert np.asarray(accepted)[:3].all()
     assert not np.asarray(accepted)[-1]

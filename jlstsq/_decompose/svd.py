@@ -4,9 +4,13 @@ R = U S V^H; singular values s_i <= rcond s_1 count as zero (Golub and Kahan 196
 Decomposing the triangle instead of A is Chan's (1982) QR-first SVD.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from .. import _lanes as lanes
 from .. import _library as library
 from .._numerics import H, abs2, identity_like, largest, mm, power_of_two
 from .kept import Kept
@@ -42,17 +46,27 @@ def decompose(r: jax.Array, rcond: jax.Array, driver: str) -> Kept:
 
 
 def decide(r: jax.Array, rcond: jax.Array, driver: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U and diag(s) V^H = U^H R, and the mask of the values kept.
+    """U and diag(s) V^H = U^H R, and the mask of the values kept."""
+    turned = partial(_turned, driver)
+    if lanes.few(r, lanes.SVD):
+        u, s, rows = lax.platform_dependent(r, cpu=lanes.turned, default=turned)
+    else:
+        u, s, rows = turned(r)
+    return u, rows, _kept(s, rcond)
 
-    U and s from R V = U diag(s), a QR factorisation: more accurate than the SVD's own where columns of
-    very different size are kept.
+
+def _turned(driver: str, r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """U, s and diag(s) V^H = U^H R.
+
+    U from R V = U diag(s), a QR factorisation, and so are the lengths of the rows: more accurate than the
+    SVD's own where columns of very different size are kept.
     """
     _, s, v = factors(r, driver)
     u, rv = library.qr(mm(r, v))
     signed = jnp.diagonal(rv, axis1=-2, axis2=-1)
     size = abs(signed)
     sign = jnp.where(size > 0, signed / jnp.where(size > 0, size, 1).astype(rv.dtype), 1)
-    return u * sign[..., None, :], size[..., :, None].astype(v.dtype) * H(v), _kept(s, rcond)
+    return u * sign[..., None, :], s, size[..., :, None].astype(v.dtype) * H(v)
 
 
 def rebuild(r: jax.Array, kept: jax.Array) -> Kept:
