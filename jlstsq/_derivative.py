@@ -101,7 +101,7 @@ from ._numerics import (
     where_matrix,
 )
 from ._operator import Operator
-from ._reduce.cholesky import Gram, from_triangle
+from ._reduce.cholesky import Gram, from_triangle, orthonormalised
 from ._scaling import scale_columns
 
 
@@ -537,7 +537,10 @@ def _truncated(driver: str, factors: Factors) -> Problem:
 
     if spectrum:
         s = abs(jnp.diagonal(l, axis1=-2, axis2=-1))
-        without = small if ridge is None else core_factors(r, decision, wide)[1]
+        if factors.core is None:  # K = diag(s^-2)
+            without = l
+        else:
+            without = small if ridge is None else core_factors(r, decision, wide)[1]
         inverse = jnp.where(both, FullRank(data, None, without).normal_solve(identity_like(r)), 0)
         basis = mm(factors.qt.mT, u) if wide else w
         if factors.core is None:
@@ -697,14 +700,15 @@ def _singular_triplets_rule(primals, tangents):
 
 
 def singular_values(factors: Factors, c: jax.Array, s: jax.Array, v: jax.Array) -> jax.Array:
-    """s, for U = Q c, or the columns of T c, normalised, where there is no Q."""
+    """s, for U = Q c, or the columns of T c, made orthonormal in their order, where there is no Q.
+
+    u_i = T v_i / s_i has an error of eps s_1 / s_i in the direction of u_1, in which no u_i may lie.
+    """
 
     def values(factors, c, s, v):
         t = scaled(factors.t, factors.down)
         if factors.q is None:
-            u = mm(t, c)
-            norms = jnp.sqrt(abs2(u).sum(-2, keepdims=True))
-            u = u / jnp.where(norms > 0, norms, 1).astype(u.dtype)
+            u, _ = orthonormalised(lax.stop_gradient(mm(t, c)))
         else:
             u = mm(factors.qt.mT, c)
         return singular_triplets(t, lax.stop_gradient(u), s, v)[1]

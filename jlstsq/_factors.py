@@ -32,7 +32,7 @@ from ._numerics import (
     where_matrix,
 )
 from ._operator import Operator
-from ._reduce import cholesky, householder, orthonormal, split, triangle
+from ._reduce import cholesky, householder, orthonormal, split, squared_residuals, triangle
 from ._scaling import column_scales, scale_columns
 
 
@@ -62,23 +62,21 @@ def _by_gram(t: jax.Array) -> bool:
     return cholesky.worthwhile(t.shape, t.dtype) and not lanes.worthwhile(t.shape)
 
 
-def _keeps_residuals(adjoint: bool, t: jax.Array, b: jax.Array) -> bool:
-    """Whether v is kept: to compute the residuals of many right-hand sides anew costs less."""
-    return adjoint or b.shape[-1] <= t.shape[-1]
-
-
-def _factorise(driver: str, adjoint: bool, t: jax.Array, rcond: jax.Array, b: jax.Array) -> Factored:
-    keep = _keeps_residuals(adjoint, t, b)
+def _factorise(
+    driver: str, adjoint: bool, keep: bool, t: jax.Array, rcond: jax.Array, b: jax.Array
+) -> Factored:
+    """The factors; `keep` the residuals v."""
     b_size, b_finite = column_scales(b)
     b = scale_columns(b, b_size[1], b_finite)
 
     def decided(q, r, c, v, down, proven):
         """From Q if there is one, R, Q^H b and (I - Q Q^H) b, of T scaled by `down`."""
-        q, r, decision, y, rest = cut(driver, adjoint, q, r, rcond, finite, proven, c)
+        q, turned, decision, y = cut(driver, adjoint, q, r, rcond, finite, proven, c)
         if adjoint:
             # T y is as accurate as Q (Paige 1973).
-            return q, r, decision, (Operator(t, down).times(y), -y, None)
-        return q, r, decision, (v if keep else None, y, abs2(v).sum(-2) + rest)
+            return q, turned, decision, (Operator(t, down).times(y), -y, None)
+        rho = squared_residuals(scaled(t, down), b, r, c, abs2(v).sum(-2), y)
+        return q, turned, decision, (v if keep else None, y, rho)
 
     if not _by_gram(t):
         largest, finite = largest_entry(t, (-2, -1))
@@ -102,7 +100,7 @@ def _factorise(driver: str, adjoint: bool, t: jax.Array, rcond: jax.Array, b: ja
         v, y, _ = seminormal.augmented(Operator(t), gram, *((None, b) if adjoint else (b, None)))
         rho = None if adjoint else abs2(v).sum(-2)
     else:
-        v, (y, rho, _) = None, seminormal.least_squares(Operator(t), gram, b)
+        v, (y, _, rho, _) = None, seminormal.least_squares(Operator(t), gram, b)
     solution = v, y, rho
     one = jnp.ones(accepted.shape, gram.squares.dtype)
 
@@ -132,18 +130,22 @@ def factorise(driver: str, adjoint: bool) -> Callable[..., Factored]:
 
     def call(t, rcond, b):
         leaf: Any = 0
-        gram = cholesky.Gram(*[leaf] * len(cholesky.Gram._fields))._replace(inverse=None, triangle=None)
+        low = leaf if jnp.finfo(t.dtype).bits == 32 else None
+        gram = cholesky.Gram(*[leaf] * len(cholesky.Gram._fields))
+        gram = gram._replace(inverse=None, triangle=None, inverse_low=low, triangle_low=None)
         gram = gram if _by_gram(t) else None
         cut = Cut(*[leaf] * len(Cut._fields))._replace(pivots=leaf if driver == "gelsy" else None)
-        solution = leaf if _keeps_residuals(adjoint, t, b) else None, leaf, None if adjoint else leaf
+        # To compute the residuals of many right-hand sides anew costs less than to keep them.
+        keep = adjoint or b.shape[-1] <= t.shape[-1]
+        solution = leaf if keep else None, leaf, None if adjoint else leaf
         q = None if gram else leaf
         of_columns = (leaf, leaf), leaf, solution
         structure = jax.tree.structure(Factored(q, leaf, cut, gram, leaf, leaf, leaf, *of_columns))
 
         def leaves(*data):
-            out = _factorise(driver, adjoint, *data)
+            out = _factorise(driver, adjoint, keep, *data)
             # A batch's triangles are large: `r` has the one that is needed of each.
-            slim = out.gram and out.gram._replace(inverse=None, triangle=None)
+            slim = out.gram and out.gram._replace(inverse=None, triangle=None, triangle_low=None)
             return tuple(jax.tree.leaves(out._replace(gram=slim)))
 
         columns = len(jax.tree.leaves(of_columns))
@@ -161,7 +163,7 @@ def factorise(driver: str, adjoint: bool) -> Callable[..., Factored]:
 def triplets(driver: str) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
     """(T, `Factored`) -> c, s, V of `down` T = U diag(s) V^H; s is zero where T is not finite.
 
-    U is Q c, or where there is no Q the columns of T c, normalised.
+    U is Q c, or where there is no Q the columns of T c, made orthonormal.
     """
 
     def decompose(t, finite, r, *accepted):
@@ -171,8 +173,9 @@ def triplets(driver: str) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array
         by_gram = accepted[0] & finite
         r = where_matrix(by_gram, cholesky.triangle(t, cholesky.factor(t)), r)
         _, s, v = svd.factors(r, driver)
-        # T V = U diag(s): as orthonormal as a gap of s_i allows any vectors to be
-        inverse = jnp.where(s > 0, 1 / jnp.where(s > 0, s, 1), 0)
+        # T V = U diag(s), where s is not all rounding errors
+        some = s > s.shape[-1] * jnp.finfo(s.dtype).eps * s[..., :1]
+        inverse = jnp.where(some, 1 / jnp.where(some, s, 1), 0)
         return v * inverse[..., None, :].astype(v.dtype), s, v
 
     batched = native_batch(of_matrices(decompose), 4, (False,) * 3)

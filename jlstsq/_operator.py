@@ -1,4 +1,7 @@
-"""T times a small matrix and a power of two, as an operator: applied to few vectors, never formed."""
+"""T times a small matrix and a power of two, as an operator: applied to few vectors, never formed.
+
+In the precision of the vectors, which may be double for a T in single precision.
+"""
 
 from typing import NamedTuple
 
@@ -6,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._numerics import H, double_precision, in_double, mm, native_batch, power_of_two, varying
+from ._numerics import H, mm, power_of_two, varying
 
 # Columns from which XLA on CPU sums a product with the adjoint as well in the other order.
 _FEW = 8
-# Rows at a time in double precision.
+# Rows at a time in another precision.
 _ROWS = 2000
 
 
@@ -23,39 +26,37 @@ def adjoint_times(q: jax.Array, b: jax.Array) -> jax.Array:
     return mm(H(q), b) if columns < _FEW or b.shape[-1] >= columns else H(mm(H(b), q))
 
 
-def _precise(q: jax.Array, b: jax.Array) -> tuple[jax.Array]:
-    if not in_double(q.shape, q.dtype):
-        return (adjoint_times(q, b),)
-    m = q.shape[-2]
-
-    def double(q, b):
-        with double_precision(q.dtype) as wide:
-
-            def whole(q, b):
-                return adjoint_times(q.astype(wide), b.astype(wide))
-
-            if q.ndim > 2 or m < 2 * _ROWS:
-                return whole(q, b).astype(q.dtype)
-            rows = m // _ROWS * _ROWS
-            blocks = q[:rows].reshape(-1, _ROWS, q.shape[-1]), b[:rows].reshape(-1, _ROWS, b.shape[-1])
-            start = varying(jnp.zeros((q.shape[-1], b.shape[-1]), wide), (q, b))
-            total, _ = lax.scan(lambda total, block: (total + whole(*block), None), start, blocks)
-            return (total + whole(q[rows:], b[rows:])).astype(q.dtype)
-
-    return (lax.platform_dependent(q, b, cpu=double, default=adjoint_times),)
+def _by_rows(q: jax.Array, b: jax.Array) -> bool:
+    """Whether a product with q in another precision is made of some rows at a time."""
+    return q.dtype != b.dtype and q.ndim == 2 and q.shape[-2] >= 2 * _ROWS
 
 
-# JAX would batch the double precision program later, where double precision is off (jax 0.10.2).
-_batched = native_batch(_precise, 1, (True,))
+def _adjoint_times(q: jax.Array, b: jax.Array) -> jax.Array:
+    """The same in the precision of b, which may be double for a q in single precision."""
+
+    def whole(q, b):
+        return adjoint_times(q.astype(b.dtype), b)
+
+    if not _by_rows(q, b):
+        return whole(q, b)
+    rows = q.shape[0] // _ROWS * _ROWS
+    blocks = q[:rows].reshape(-1, _ROWS, q.shape[-1]), b[:rows].reshape(-1, _ROWS, b.shape[-1])
+    start = varying(jnp.zeros((q.shape[-1], b.shape[-1]), b.dtype), (q, b))
+    total, _ = lax.scan(lambda total, block: (total + whole(*block), None), start, blocks)
+    return total + whole(q[rows:], b[rows:])
 
 
-def precise_adjoint_times(q: jax.Array, b: jax.Array) -> jax.Array:
-    """Q^H b for a residual b, of which little is left: summed in double precision where `in_double`.
+def _times(q: jax.Array, z: jax.Array) -> jax.Array:
+    """Q z in the precision of z, which may be double for a q in single precision."""
 
-    Some rows at a time where there are many. Never differentiated.
-    """
-    (c,) = _batched(q, b)
-    return c
+    def whole(q):
+        return mm(q.astype(z.dtype), z)
+
+    if not _by_rows(q, z):
+        return whole(q)
+    rows = q.shape[0] // _ROWS * _ROWS
+    out = lax.map(whole, q[:rows].reshape(-1, _ROWS, q.shape[-1]))
+    return jnp.concatenate([out.reshape(rows, z.shape[-1]), whole(q[rows:])])
 
 
 class Operator(NamedTuple):
@@ -83,18 +84,17 @@ class Operator(NamedTuple):
 
     def times(self, z: jax.Array) -> jax.Array:
         """F z."""
-        z = z if self.e is None else mm(self.e, z)
+        z = z if self.e is None else mm(self.e.astype(z.dtype), z)
         if self.down is None:
-            return mm(self.t, z)
+            return _times(self.t, z)
         before, after = self._halves(z)
-        return mm(self.t, z * before) * after
+        return _times(self.t, z * before) * after
 
-    def adjoint_times(self, v: jax.Array, precise: bool = False) -> jax.Array:
-        """F^H v; `precise` as in `precise_adjoint_times`."""
-        product = precise_adjoint_times if precise else adjoint_times
+    def adjoint_times(self, v: jax.Array) -> jax.Array:
+        """F^H v."""
         if self.down is None:
-            z = product(self.t, v)
+            z = _adjoint_times(self.t, v)
         else:
             before, after = self._halves(v)
-            z = product(self.t, v * before) * after
-        return z if self.e is None else mm(H(self.e), z)
+            z = _adjoint_times(self.t, v * before) * after
+        return z if self.e is None else mm(H(self.e).astype(z.dtype), z)

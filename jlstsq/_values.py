@@ -9,36 +9,16 @@ from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from . import _fast as fast
 from . import _lanes as lanes
 from ._blocks import of_matrices
 from ._decompose import solve_decided, svd
-from ._numerics import abs2, cond, identity_like, mm, native_batch, varying, where_matrix
-from ._reduce import project, triangle
+from ._numerics import cond, identity_like, mm, native_batch, pick, scaled, varying, where_matrix
+from ._reduce import project, squared_residuals, triangle
 from ._scaling import good, scale, unscale
 
 Answer = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-
-
-def _squared_residuals(t, b, r, c, tail, y) -> jax.Array:
-    """|b - T y|^2 by columns. From R, Q^H b and what T leaves of b where Q is known to be orthonormal.
-
-    cuBLAS's batched QR does not rescale tiny columns as LAPACK does: where columns are repeated, Q is not
-    orthonormal beyond the rank (0.003 in float32, 7e-11 in float64), and nor is what it leaves of b.
-    """
-
-    def by_triangle(t, b, r, c, tail, y):
-        return tail + abs2(c - mm(r, y)).sum(-2)
-
-    def by_products(t, b, r, c, tail, y):
-        return abs2(b - mm(t, y)).sum(-2)
-
-    data = t, b, r, c, tail, y
-    if t.ndim == 2:
-        return by_triangle(*data)
-    return lax.platform_dependent(*data, cuda=by_products, default=by_triangle)
 
 
 def _careful(
@@ -47,11 +27,13 @@ def _careful(
     t: jax.Array,
     rcond: jax.Array,
     b: jax.Array,
+    reduced: tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
     known: jax.Array | None = None,
 ) -> Answer:
     """Scale, reduce, decompose, apply. rcond may have more leading dimensions than T and b.
 
-    Singular values that are `known` need not be found.
+    Some may be `reduced` (`_fast.Attempt`), with their squared residuals. Singular values that are `known`
+    need not be found.
     """
     t_scaled, b, scales = scale(t, b)
     down = scales.t_size[1]
@@ -63,24 +45,36 @@ def _careful(
         safe = where_matrix(scales.t_finite, t_scaled, identity_like(t_scaled))
         x, rank, s = svd.solve(safe, rcond, driver, b, adjoint=False)
         return unscale(scales, x, none, rank, s, good(driver, scales, rcond, scales.t_finite))
-    if wide:
-        r, c, tail = triangle(t, down, cut), b, none
+
+    def reduce():
+        return (triangle(t, down, cut), b, none) if wide else project(t, b, down, cut)
+
+    if reduced is None:
+        r, c, tail = reduce()
     else:
-        r, c, tail = project(t, b, down, cut)
+        (right, r, c), tail = reduced
+        b_down = scales.b_size[1]
+        mine = scaled(r, down), c * b_down[..., None, :].astype(c.dtype), tail * b_down * b_down
+
+        def otherwise():
+            return jax.tree.map(partial(pick, right), mine, reduce())
+
+        r, c, tail = cond(right.all(), lambda: mine, otherwise, t, b, down)
     y, rank, usable, s = solve_decided(driver, wide, r, rcond, scales.t_finite, c, known)
     if wide:
         # T y with R backward stable is as accurate as using Q (Paige 1973).
         x, rho = mm(t_scaled, y), jnp.broadcast_to(tail, (*rcond.shape, tail.shape[-1]))
     else:
-        x, rho = y, _squared_residuals(t_scaled, b, r, c, tail, y)
+        x, rho = y, squared_residuals(t_scaled, b, r, c, tail, y)
     return unscale(scales, x, rho, rank, s, good(driver, scales, rcond, usable))
 
 
 def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Array) -> Answer:
-    careful = partial(_careful, driver, wide, t, rcond, b)
     attempt = fast.attempt(driver, wide, t, b, rcond)
     if attempt is None:
-        return careful()
+        return _careful(driver, wide, t, rcond, b)
+    reduced = None if attempt.reduced is None else (attempt.reduced, attempt.residuals)
+    careful = partial(_careful, driver, wide, t, rcond, b, reduced)
     gels = driver == "gels"
     proven = attempt.solved & attempt.decided
 

@@ -338,3 +338,30 @@ def test_training_loop_stays_finite(x64):
     assert np.isfinite(theta).all()
     assert np.isfinite(values).all()
     assert values[-1] < values[0]
+
+
+@pytest.mark.parametrize("shape", [(20, 8), (12, 8)], ids=str)
+@pytest.mark.parametrize("driver", ["gelsy", "gelsd"])
+def test_values_with_derivatives(driver, shape, x64):
+    """Computed with the factors, also where much is truncated: those of the plain call."""
+    rng = np.random.default_rng(0)
+    A = problems.with_spectrum(rng, *shape, np.linspace(1, 0.02, shape[1]))
+    b = rng.standard_normal((shape[0], 2))
+
+    def fun(A):
+        return lstsq(A, b, 0.35, driver=driver)[:2]
+
+    plain, primal = jax.jit(lambda A: (fun(A), jax.linearize(fun, A)[0]))(A)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), plain, primal)
+    np.testing.assert_allclose(primal[1], ((b - A @ primal[0]) ** 2).sum(0), rtol=1e-12)
+
+
+def test_small_singular_values_in_float32():
+    """Their vectors are orthogonal to the others, whatever rounding made of them: no motion of s_1 in s_n."""
+    rng = np.random.default_rng(1)
+    A = problems.with_spectrum(rng, 60, 6, [2.0, 1.8, 1.6, 1.3, 1.0, 1e-4]).astype(np.float32)
+    gradient = jax.jit(jax.grad(lambda A: lstsq(A, A[:, 0], driver="gelsd").singular_values[-1]))(A)
+    u, _, vh = np.linalg.svd(A.astype(float), full_matrices=False)
+    moved = u.T @ np.asarray(gradient, float) @ vh.T
+    moved[-1, -1] -= 1
+    assert abs(moved).max() < 1e-5

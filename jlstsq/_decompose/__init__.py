@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from .. import _library as library
 from .._blocks import of_matrices
 from .._library import triangular_solve
-from .._numerics import H, abs2, cond, identity_like, mm, native_batch, pick, transposed, where_matrix
+from .._numerics import H, cond, identity_like, mm, native_batch, pick, transposed, where_matrix
 from . import certificate, complete_orthogonal, svd
 from .kept import Kept
 
@@ -160,19 +160,17 @@ def cut(
     ok: jax.Array,
     proven: jax.Array,
     c: jax.Array,
-) -> tuple[jax.Array | None, jax.Array, Cut, jax.Array, jax.Array]:
+) -> tuple[jax.Array | None, jax.Array, Cut, jax.Array]:
     """Q (`flat`, if there is one), R without NaN and Inf, and the derivatives' decision, that of the values.
 
-    And y as in `solve_decided`, with |c - R y|^2 by columns. Where `proven`, T is known to be of full rank.
-    One branch for the batch.
+    And y as in `solve_decided`. Where `proven`, T is known to be of full rank. One branch for the batch.
     """
     safe, full, usable = _certify(driver, r, rcond, ok)
     full, usable = full | proven, usable | proven
     whole = uncut(driver, r)._replace(full=full, usable=usable)
     y = _solve_full(whole.regular(safe), c, adjoint)
-    rest = jnp.zeros((*c.shape[:-2], c.shape[-1]), rcond.dtype)
     if driver == "gels":
-        return q, safe, whole, y, rest
+        return q, safe, whole, y
 
     def truncated():
         if driver == "gelsy":
@@ -190,14 +188,12 @@ def cut(
         part = expand(rotated, decision).kept
         if adjoint:  # R y = R_k^+H c, R e = u r
             z = triangular_solve(part.l, mm(H(part.w), c), lower=True, adjoint=True)
-            y_k, left = mm(part.e, triangular_solve(part.r, z)), rest
+            y_k = mm(part.e, triangular_solve(part.r, z))
         else:
-            turned_c = mm(H(u), c)
-            y_k = mm(part.w, triangular_solve(part.l, mm(H(part.u), turned_c), lower=True))
-            left = jnp.where(full[..., None], 0, abs2(turned_c - mm(rotated, y_k)).sum(-2))
-        return turned, rotated, decision, where_matrix(full, y, y_k), left
+            y_k = mm(part.w, triangular_solve(part.l, mm(H(part.u), mm(H(u), c)), lower=True))
+        return turned, rotated, decision, where_matrix(full, y, y_k)
 
-    return cond(full.all(), lambda: (q, safe, whole, y, rest), truncated, q, r, rcond, c)
+    return cond(full.all(), lambda: (q, safe, whole, y), truncated, q, r, rcond, c)
 
 
 def expand(r: jax.Array, cut: Cut) -> Decision:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from .. import _lanes
 from .._decompose import certificate, svd
-from .._numerics import abs2, largest_entry, where_matrix
+from .._numerics import abs2, in_double, largest_entry, where_matrix
 from .._operator import Operator
 from .._reduce import cholesky
 from . import lanes, lu, seminormal
@@ -34,6 +34,9 @@ class Attempt(NamedTuple):
     t_finite: jax.Array  # (*batch) bool
     b_finite: jax.Array  # (*batch, k) bool
     singular_values: Callable[[], jax.Array]  # () -> (*batch, p)
+    # where flags (*batch) are set R (*batch, p, p) and Q^H b (*batch, p, k) as good as Householder's;
+    # b itself for the adjoint problem
+    reduced: tuple[jax.Array, jax.Array, jax.Array] | None = None
 
 
 def attempt(driver: str, adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array) -> Attempt | None:
@@ -72,22 +75,26 @@ def _by_gram(driver: str, adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.
     factor = cholesky.factor(t, rows_apart=adjoint, explicit=False)
     in_range, t_finite, b_finite = _in_range(t, b, factor.squares)
     if adjoint:
+        c = b
         x, _, done = seminormal.augmented(Operator(t), factor, None, b)
         rho = jnp.zeros(done.shape, factor.squares.dtype)
     else:
-        x, rho, done = seminormal.least_squares(Operator(t), factor, b)
+        x, c, rho, done = seminormal.least_squares(Operator(t), factor, b)
+    right = factor.accepted & in_range & done.all(-1)
     return Attempt(
         solution=x,
         residuals=rho,
         rank=jnp.full(t_finite.shape, t.shape[-1]),
         condition=factor.condition,
         usable=jnp.ones_like(t_finite),
-        solved=(factor.accepted & in_range & done.all(-1)) | ~t_finite,
+        solved=right | ~t_finite,
         decided=_nothing_truncated(driver, factor.condition, t_finite, rcond),
         certain=False,
         t_finite=t_finite,
         b_finite=b_finite,
         singular_values=lambda: svd.values(cholesky.triangle(t, factor), driver),
+        # Only in double precision is the Cholesky factor as good as that.
+        reduced=(right & factor.precise, factor.triangle, c) if in_double(t.shape, t.dtype) else None,
     )
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._numerics import abs2, varying
+from .._numerics import abs2, double_precision, in_double, native_batch, real_dtype, varying
 from .._operator import Operator
 from .._reduce.cholesky import Gram
 
@@ -31,8 +31,47 @@ def _norms(a: jax.Array) -> jax.Array:
 
 def _corrected(
     t: Operator, gram: Gram, f: jax.Array | None, g: jax.Array | None, last: bool
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """(v, y) with v + T y = f, T^H v = g and |v|^2 by columns, and whether they are as good as any method's.
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """`_solve`, in double precision where the Gram matrix was.
+
+    Rounding y to single precision, and the product with it, are as large as kappa eps of the right-hand
+    side: corrections would go after that for ever.
+    """
+    dtype = t.t.dtype
+    if gram.triangle_low is None and gram.inverse_low is None:
+        return _solve(t, gram, f, g, last)
+    matrices, structure = jax.tree.flatten((t, gram))
+    sides, positions = jax.tree.flatten((f, g))
+
+    def solve(*args):
+        t, gram = jax.tree.unflatten(structure, args[: len(matrices)])
+        f, g = jax.tree.unflatten(positions, args[len(matrices) :])
+
+        def single(*_):
+            return _solve(t, gram, f, g, last)
+
+        def double(*_):
+            with double_precision(dtype) as wide:
+                f_wide, g_wide = jax.tree.map(lambda a: a.astype(wide), (f, g))
+                (*found, rho), done = _solve(t, gram.as_computed(wide), f_wide, g_wide, last)
+                return (*(a.astype(dtype) for a in found), rho.astype(real_dtype(dtype))), done
+
+        if in_double(t.t.shape, dtype):
+            found, done = lax.platform_dependent(*args, cpu=double, default=single)
+        else:
+            found, done = single()
+        return *found, done
+
+    # One matrix and a batch of them are not in the same precision. And JAX would batch the double precision
+    # program later, where double precision is off (jax 0.10.2).
+    *found, done = native_batch(solve, len(matrices), (True,) * 5)(*matrices, *sides)
+    return tuple(found), done
+
+
+def _solve(
+    t: Operator, gram: Gram, f: jax.Array | None, g: jax.Array | None, last: bool
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """v, y with v + T y = f, T^H v = g, R D^-1 y, |v|^2 by columns; whether they are as good as any method's.
 
     y is corrected until that adds nothing. A column that is done stays as it is, whatever its neighbours
     need. The product that the `last` correction takes from v is not needed for |v|^2: with Q = T D R^-1
@@ -42,12 +81,13 @@ def _corrected(
 
     def rest(v):
         """R^-H D (T^H v - g): what is left of the second equation."""
-        parts = [] if v is None else [t.adjoint_times(v, precise=True)]
+        parts = [] if v is None else [t.adjoint_times(v)]
         parts += [] if g is None else [-g]
         return gram.adjoint_solve(sum(parts[1:], parts[0]))
 
-    theta = gram.contraction[..., None]
-    eps = jnp.finfo(theta.dtype).eps
+    sides = [a for a in (f, g) if a is not None]
+    theta = gram.contraction[..., None].astype(real_dtype(sides[0].dtype))
+    eps = float(jnp.finfo(t.t.dtype).eps)
     c = rest(f)
     size = _norms(c)
 
@@ -56,7 +96,7 @@ def _corrected(
         return (count < _CORRECTIONS) & ~done.all()
 
     def step(state):
-        count, (v, y, delta, _), done, small = state
+        count, (v, y, total, delta, _), done, small = state
         v = v if last else v - t.times(delta)
         d = rest(v)
         delta = gram.solve(d)
@@ -64,7 +104,7 @@ def _corrected(
         v = v - t.times(delta) if last else v
         rho = abs2(v).sum(-2)
         rho = rho if last else jnp.maximum(rho - norm**2, 0)
-        new = v, y + delta, delta, rho[..., None, :]
+        new = v, y + delta, total + d, delta, rho[..., None, :]
         now = jax.tree.map(lambda a, b: jnp.where(done[..., None, :], a, b), state[1], new)
         # A correction that large refutes the bound. NaN is done: its column stays NaN.
         whole = size + jnp.sqrt(rho)
@@ -80,17 +120,17 @@ def _corrected(
         v = -t.times(y) if f is None else f - t.times(y)
     rho = jnp.zeros((*y.shape[:-2], 1, y.shape[-1]), theta.dtype)
     done = jnp.broadcast_to(~gram.accepted[..., None], size.shape)
-    start = varying((0, (v, y, y, rho), done, jnp.ones_like(done)))
+    start = varying((0, (v, y, c, y, rho), done, jnp.ones_like(done)))
     # Elsewhere than on CPU the test of a loop costs as much as a correction: the first is made in any case.
     start = lax.platform_dependent(start, cpu=lambda start: start, default=step)
-    _, (v, y, _, rho), done, small = lax.while_loop(going, step, start)
-    return (v, y, rho[..., 0, :]), done & small
+    _, (v, y, total, _, rho), done, small = lax.while_loop(going, step, start)
+    return (v, y, total, rho[..., 0, :]), done & small
 
 
-def least_squares(t: Operator, gram: Gram, f: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """T^+ f, the squared residuals, and per column whether they are as good as any method's."""
-    (_, y, rho), done = _corrected(t, gram, f, None, last=False)
-    return y, rho, done
+def least_squares(t: Operator, gram: Gram, f: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """T^+ f, Q^H f, the squared residuals, and per column whether they are as good as any method's."""
+    (_, y, c, rho), done = _corrected(t, gram, f, None, last=False)
+    return y, c, rho, done
 
 
 def augmented(
@@ -100,5 +140,5 @@ def augmented(
 
     f or g None: zero. With g = 0 y is T^+ f and v its residual, with f = 0 v is T^+H g.
     """
-    (v, y, _), done = _corrected(t, gram, f, g, last=True)
+    (v, y, *_), done = _corrected(t, gram, f, g, last=True)
     return v, y, done

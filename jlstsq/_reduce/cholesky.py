@@ -9,9 +9,9 @@ within 6 % of that of T D, and R2 R is as stable as Householder's (CholeskyQR2: 
 Yanagisawa and Fukaya 2015, Electron. Trans. Numer. Anal. 44).
 
 A single precision T has its Gram matrix, and all that is made of it, in double precision on CPU, but for
-few columns: that takes twice the time, but is accepted up to a condition number of about 1e4 instead of
-10. E is nothing then, R as good as Householder's, and theta what rounding R^-1 to single precision, and
-multiplying by it, add: (1 + sqrt(p)) eps |R| |R^-1| in the Frobenius norm, with the probabilistic bound.
+few columns: that takes twice the time, but is accepted up to a condition number of about 1e5 instead of
+10. R and R^-1 are kept as two numbers of single precision each, and the equations are solved in double
+(`_fast.seminormal`). R is as good as Householder's.
 
 R^-1 is formed where that is cheap, since products with it are. For one large matrix it is not: values then
 substitute with R, and |R^-1| is bounded from random vectors (`_norms`).
@@ -54,6 +54,8 @@ _LARGE = 128
 _IMPLICIT = 256
 # Of its power iteration: the bound is about 4 times the norm.
 _STEPS = 2
+# Relative error of a double in two numbers of single precision, and of products with it.
+_LOW = 2.0**-46
 # Condition number of R1 from which the explicit R1^-1 costs a digit.
 _HARMLESS = 10.0
 
@@ -64,6 +66,9 @@ class Gram(NamedTuple):
     # (*batch, p, p), D R^-1: (D R^-1)(D R^-1)^H = (T^H T)^-1; None: not formed
     inverse: jax.Array | None
     triangle: jax.Array  # (*batch, p, p), R D^-1: its Gram matrix is that of T, to rounding
+    # what rounding these two to single precision took from them, where they were in double; None in float64
+    inverse_low: jax.Array | None
+    triangle_low: jax.Array | None
     inverse_norm: jax.Array  # (*batch) a bound of ||R^-1||
     contraction: jax.Array  # (*batch) theta
     condition: jax.Array  # (*batch) a bound of ||T|| ||T^+||
@@ -74,6 +79,15 @@ class Gram(NamedTuple):
     def refused(self, t: jax.Array) -> jax.Array:
         """T where the Gram matrix is not accepted, zero elsewhere."""
         return where_matrix(self.accepted, jnp.zeros_like(t), t)
+
+    def as_computed(self, dtype: Any) -> "Gram":
+        """The same in double precision."""
+
+        def whole(high, low):
+            return None if high is None or low is None else high.astype(dtype) + low.astype(dtype)
+
+        inverse, triangle = whole(self.inverse, self.inverse_low), whole(self.triangle, self.triangle_low)
+        return self._replace(inverse=inverse, triangle=triangle, inverse_low=None, triangle_low=None)
 
     def solve(self, c: jax.Array) -> jax.Array:
         """D R^-1 c."""
@@ -257,16 +271,20 @@ def _factor(rows_apart: bool, double: bool, implicit: bool, t: jax.Array) -> Gra
             inverse_size = jnp.minimum(largest(d) * inverse_norm, frobenius(x))
         contraction = _rounding(m, p, squares.dtype) * inverse_norm**2
         if double:
-            # R or R^-1 in single precision, and substitution or products with it
-            contraction = contraction + (1 + p**0.5) * p**0.5 * float(jnp.finfo(real).eps) * loose
+            # R or R^-1 in two numbers of single precision, and substitution or products with it
+            contraction = contraction + (1 + p**0.5) * p**0.5 * _LOW * loose
         # ||T|| is at most its Frobenius norm, ||D R^-1|| at most its own and ||D|| ||R^-1||. The default
         # rcond of many rows in single precision needs more.
         size = norm2_bound(triangle) if double and t.ndim == 2 else jnp.sqrt(squares.sum(-1))
         in_working_precision = squares.astype(real)
         accepted = definite & in_range(m, in_working_precision) & (contraction <= _CONTRACTION)
+        x, x_low = (None, None) if x is None else _halves(x, t.dtype)
+        triangle, triangle_low = _halves(triangle, t.dtype)
         return Gram(
-            inverse=None if x is None else x.astype(t.dtype),
-            triangle=triangle.astype(t.dtype),
+            inverse=x,
+            triangle=triangle,
+            inverse_low=x_low,
+            triangle_low=triangle_low,
             inverse_norm=inverse_norm.astype(real),
             contraction=contraction.astype(real),
             condition=(size * inverse_size).astype(real),
@@ -280,17 +298,37 @@ def from_triangle(t: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Q (`flat`) and R2 with T = Q (R2 R), a QR factorisation, for R from another one of T, of any condition.
 
     Substitution with R has a small error in every row of Z = T R^-1 (Higham, Accuracy and Stability, 2002,
-    section 8.1), and Z is nearly orthonormal: so its Gram matrix is safe, and R2 next to the identity.
-    Columns of T that are zero stay so.
+    section 8.1), and Z is nearly orthonormal. Columns of T that are zero stay so.
     """
-    z = H(triangular_solve(r, H(t), adjoint=True))
+    q, r2 = orthonormalised(H(triangular_solve(r, H(t), adjoint=True)))
+    return flat(q), r2
+
+
+def orthonormalised(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Q and R2 with Z = Q R2 for a Z that nearly is: its Gram matrix is safe, and R2 next to the identity.
+
+    But for columns of zeros.
+    """
     gram = product(z)
     empty = jnp.diagonal(gram, axis1=-2, axis2=-1) == 0
     eye = identity_like(gram)
     r2 = H(cholesky(jnp.where(empty[..., None], eye, gram)))
     # Of columns that depend on each other more than R can tell nothing is right, but it is to be finite.
     r2 = where_matrix(jnp.isfinite(r2).all((-2, -1)), r2, eye)
-    return flat(mm(z, inverse(r2))), r2
+    return mm(z, inverse(r2)), r2
+
+
+def _halves(a: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """A rounded to single precision, and the rest; itself and None in double precision."""
+    high = a.astype(dtype)
+    return high, (a - high.astype(a.dtype)).astype(dtype) if jnp.finfo(dtype).bits == 32 else None
+
+
+def explicit(gram: Gram) -> jax.Array:
+    """Where products with R^-1 in T's precision are good enough for `orthonormal`."""
+    p = gram.triangle.shape[-1]
+    rounding = (1 + p**0.5) * p * float(jnp.finfo(gram.triangle.dtype).eps) * gram.inverse_norm
+    return gram.accepted & (~gram.precise | (rounding <= _CONTRACTION))
 
 
 def _harmful(gram: Gram) -> jax.Array:
