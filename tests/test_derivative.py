@@ -265,6 +265,7 @@ def test_neighbours_leave_gradients_alone(driver, shape, x64):
         assert np.isnan(dirty[0][1]).any() != healthy
 
 
+@pytest.mark.slow
 def test_unbatched_derivatives_under_vmap(x64):
     """The Hessian of vmap next to a truncated element; every other nesting is in the sweep."""
     rng = np.random.default_rng(11)
