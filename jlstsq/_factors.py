@@ -95,7 +95,13 @@ def _factorise(
     # Where it is not accepted it is still computed with: nothing in it may overflow.
     accepted = accepted | ~finite
     inverse, gram_r = (where_matrix(accepted, x, identity_like(x)) for x in (gram.inverse, gram.triangle))
-    gram = gram._replace(inverse=inverse, triangle=gram_r, accepted=accepted)
+    low, r_low = (
+        x if x is None else where_matrix(accepted, x, jnp.zeros_like(x))
+        for x in (gram.inverse_low, gram.triangle_low)
+    )
+    gram = gram._replace(
+        inverse=inverse, triangle=gram_r, inverse_low=low, triangle_low=r_low, accepted=accepted
+    )
     if keep:
         v, y, _ = seminormal.augmented(Operator(t), gram, *((None, b) if adjoint else (b, None)))
         rho = None if adjoint else abs2(v).sum(-2)
