@@ -119,7 +119,7 @@ def _orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
     if not cholesky.worthwhile(t.shape, t.dtype):
         return _factors(t)
     gram = cholesky.factor(t)
-    accepted = cholesky.explicit(gram)
+    accepted = cholesky.products_suffice(gram)
     by_products = _flat(*cholesky.orthonormal(t, gram))
 
     def otherwise():

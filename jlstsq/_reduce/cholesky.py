@@ -324,7 +324,7 @@ def _halves(a: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
     return high, (a - high.astype(a.dtype)).astype(dtype) if jnp.finfo(dtype).bits == 32 else None
 
 
-def explicit(gram: Gram) -> jax.Array:
+def products_suffice(gram: Gram) -> jax.Array:
     """Where products with R^-1 in T's precision are good enough for `orthonormal`."""
     p = gram.triangle.shape[-1]
     rounding = (1 + p**0.5) * p * float(jnp.finfo(gram.triangle.dtype).eps) * gram.inverse_norm
