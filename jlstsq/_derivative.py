@@ -142,12 +142,6 @@ class Factors(NamedTuple):
         assert self.q is not None
         return transposed(self.q, self.r)
 
-    def expanded(self) -> "Factors":
-        """The same with the factors of the kept part: in the branch that needs them."""
-        if not isinstance(self.decision, Cut):
-            return self
-        return self._replace(decision=lax.stop_gradient(expand(self.r, self.decision)))
-
 
 def weigh(weights: jax.Array | None, a: jax.Array) -> jax.Array:
     """W a, rows scaled; a itself without weights."""
@@ -516,6 +510,9 @@ def _full(factors: Factors) -> Problem:
 
 def _truncated(driver: str, factors: Factors) -> Problem:
     """The kept part. Tall elements of full rank have w = E = I exactly, and with it F = T."""
+    turned = isinstance(factors.decision, Cut)  # then gelsd's R is diag(s) V^H
+    if turned:
+        factors = factors._replace(decision=lax.stop_gradient(expand(factors.r, factors.decision)))
     t, q, r, decision, weights, ridge, core, gram, down, _ = factors
     e, r_e, u, l, w, kept = decision.kept  # noqa: E741
     full, wide = decision.full, factors.wide
@@ -543,8 +540,7 @@ def _truncated(driver: str, factors: Factors) -> Problem:
             without = small if ridge is None else core_factors(r, decision, wide)[1]
         inverse = jnp.where(both, FullRank(data, None, without).normal_solve(identity_like(r)), 0)
         basis = mm(factors.qt.mT, u) if wide else w
-        if factors.core is None:
-            # R is diag(s) V^H, see `Cut`.
+        if turned:
             rows = jnp.where(kept[..., :, None], 0, factors.r)
             squares = abs2(rows).sum(-1)
             sizes = jnp.sqrt(jnp.where(squares > 0, squares, 1))
@@ -584,7 +580,7 @@ def with_problem(
         return fun(_full(factors), *operands)
 
     def truncated(factors, *operands):
-        return fun(_truncated(driver, factors.expanded()), *operands)
+        return fun(_truncated(driver, factors), *operands)
 
     if factors.wide:
         return truncated(factors, *operands)
