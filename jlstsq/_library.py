@@ -29,8 +29,9 @@ _SPLIT = 200_000
 _TINY = 4
 # Columns up to which CUDA has an SVD of batches: by Jacobi, right to p eps. QR iteration is a loop there.
 _BATCHED_SVD = 32
-# Triangles are inverted in blocks of at most this size: of one matrix, and of a batch.
-_LEAF = 128
+# Triangles are inverted in blocks of at most this size: of one matrix, and of a batch. Larger ones OpenBLAS
+# solves in threads of its own, which wait for a core that XLA's threads hold: 0.5 ms for 50 x 50, not 0.05.
+_LEAF = 16
 _BATCHED_LEAF = 8
 
 

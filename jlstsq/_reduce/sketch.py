@@ -41,6 +41,8 @@ from .._numerics import (
 from .cholesky import product
 
 _ROWS = 4  # of the sketch, per column of T
+# Entries up to which its QR factorisation stays in one thread: OpenBLAS's own wait for a core that XLA's hold.
+_SERIAL = 8000
 # Accepted condition number of Z: about 3 is expected, and the bound is p^(1/4) too large.
 _LARGEST = 16.0
 # Accepted growth of the backward error, the largest row sum of |R1^-1| |R1| per column.
@@ -74,9 +76,9 @@ def _signs(rows: int, dtype: Any) -> jax.Array:
 
 
 def _sketch(t: jax.Array) -> jax.Array:
-    """S T, with 4 p rows."""
+    """S T, with 4 p rows, or 3 p where that saves threads."""
     m, p = t.shape
-    d = _ROWS * p
+    d = max(3 * p, min(_ROWS * p, _SERIAL // p))
     signs = _signs(m, t.dtype)
 
     def add(i, total):
