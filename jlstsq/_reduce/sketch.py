@@ -41,7 +41,7 @@ from .._numerics import (
 from .cholesky import product
 
 _ROWS = 4  # of the sketch, per column of T
-# Entries up to which its QR factorisation stays in one thread: OpenBLAS's own wait for a core that XLA's hold.
+# Entries up to which its QR factorisation stays in one thread: OpenBLAS's own wait for XLA's.
 _SERIAL = 8000
 # Accepted condition number of Z: about 3 is expected, and the bound is p^(1/4) too large.
 _LARGEST = 16.0
