@@ -81,6 +81,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from . import _library as library
 from ._autodiff import choose, linear_solve
 from ._decompose import Cut, Decision, expand
 from ._fast import seminormal
@@ -101,7 +102,7 @@ from ._numerics import (
     where_matrix,
 )
 from ._operator import Operator
-from ._reduce.cholesky import Gram, from_triangle, orthonormalised
+from ._reduce.cholesky import Basis, Gram, orthonormal_basis, orthonormalised
 from ._scaling import scale_columns
 
 
@@ -112,7 +113,7 @@ class Factors(NamedTuple):
     """
 
     t: jax.Array  # (*batch, m, n); wide only where there are weights or a ridge
-    # (*batch, p m), `flat`; (*batch, p n) where T is wide; None: formed from T and R where it is needed
+    # (*batch, p m), `flat`; (*batch, p n) where T is wide; None: found from T and R where it is needed
     q: jax.Array | None
     r: jax.Array  # (*batch, p, p)
     decision: Any  # `Decision`, or a `Cut` that tells it
@@ -161,7 +162,7 @@ class FullRank(NamedTuple):
     """
 
     f: Operator  # differentiable
-    q: Any  # `flat`; None: formed from F and R where it is needed
+    q: Any  # `flat`, or a `Basis`; None: one is found from F and R where it is needed
     r: jax.Array
     left: jax.Array | None = None
     kept: jax.Array | None = None  # (*batch, columns) bool
@@ -172,14 +173,16 @@ class FullRank(NamedTuple):
     def constants(self) -> "FullRank":
         return jax.tree.map(lax.stop_gradient, self)
 
-    @property
-    def qt(self) -> jax.Array:
-        return transposed(self.q, self.r)
-
     def project(self, f: jax.Array) -> jax.Array:
         """(q left)^H W^(1/2) f."""
-        c = mm(self.qt.conj(), weigh(root(self.weights), f))
+        f = weigh(root(self.weights), f)
+        c = self.q.adjoint_times(f) if isinstance(self.q, Basis) else mm(transposed(self.q, self.r).conj(), f)
         return c if self.left is None else mm(H(self.left), c)
+
+    def along(self, c: jax.Array) -> jax.Array:
+        """Q left c."""
+        c = c if self.left is None else mm(self.left, c)
+        return self.q.times(c) if isinstance(self.q, Basis) else mm(transposed(self.q, self.r).mT, c)
 
     def second(self, y: jax.Array) -> jax.Array:
         """What is subtracted in the second equation: ridge y, and y where it is not kept."""
@@ -211,18 +214,18 @@ class FullRank(NamedTuple):
         """
         if self.q is None:
             assert self.gram is not None
-            q, r2 = from_triangle(self.gram.refused(scaled(self.f.t, self.f.down)), self.r)
-            return self._replace(q=q, r=mm(r2, self.r))._by_factors(f, g)
+            # Of those accepted something finite is enough.
+            t = scaled(self.f.t, self.f.down)
+            q = orthonormal_basis(where_matrix(self.gram.accepted, jnp.zeros_like(t), t), self.r)
+            return self._replace(q=q, r=mm(q.r2, self.r))._by_factors(f, g)
         small = 0 if g is None else triangular_solve(self.r, g, adjoint=True)
         c = self.project(f) - small
         y = triangular_solve(self.r, c)
         if self.weights is None and self.ridge is None:
-            left = c if self.left is None else mm(self.left, c)
-            v = f - mm(self.qt.mT, left)
+            v = f - self.along(c)
             if many_terms(f):
                 c = self.project(v) - small
-                left = c if self.left is None else mm(self.left, c)
-                v, y = v - mm(self.qt.mT, left), y + triangular_solve(self.r, c)
+                v, y = v - self.along(c), y + triangular_solve(self.r, c)
             return v, y
         v = f - self.f.times(y)
         if self.weights is not None:
@@ -519,12 +522,14 @@ def _truncated(driver: str, factors: Factors) -> Problem:
     data = Operator(t, down)
     both = kept[..., :, None] & kept[..., None, :]
     spectrum = driver in ("gelsd", "gelss")
+    q_of_f: Any = q
     if q is None:
         # T e = Q (R2 r_e) and T_k w = T e r_e^-1 l. Of full rank e is the identity, and r_e is R.
         assert gram is not None
-        q, r2 = from_triangle(lax.stop_gradient(mm(gram.refused(scaled(t, down)), e)), r_e)
-        decision = decision._replace(kept=decision.kept._replace(l=mm(r2, l)))
-        r = mm(r2, r_e)
+        some = where_matrix(gram.accepted, jnp.zeros_like(e), scaled(e, down))
+        q_of_f = orthonormal_basis(lax.stop_gradient(mm(t, some)), r_e)
+        decision = decision._replace(kept=decision.kept._replace(l=mm(q_of_f.r2, l)))
+        r = mm(q_of_f.r2, r_e)
     if core is None:
         # A diagonal l is a triangle already, and R2 l is.
         triangle = where_matrix(full, r, decision.kept.l)
@@ -556,12 +561,12 @@ def _truncated(driver: str, factors: Factors) -> Problem:
     else:
         eye = identity_like(r)
         # B = Q u r_e and T_k w = Q u l: C = l^H r_e, and T_k w = B j.
-        inverse = triangular_solve(r_e, triangular_solve(l, eye, lower=True, adjoint=True))
-        b_inverse = triangular_solve(r_e, triangular_solve(r_e, eye, adjoint=True))
-        j = where_matrix(full, eye, triangular_solve(r_e, l))
+        r_inverse, l_inverse = library.inverse(r_e), library.inverse(H(l))
+        inverse, b_inverse = mm(r_inverse, l_inverse), mm(r_inverse, H(r_inverse))
+        j = where_matrix(full, eye, mm(r_inverse, l))
         constants = w, mm(e, j), e, jnp.where(both, inverse, 0), jnp.where(both, b_inverse, 0)
         basis, oblique = pivoted_basis(data, weights, *lax.stop_gradient(constants))
-    outer = (flat(left), small) if wide else (q, small, left)
+    outer = (flat(left), small) if wide else (q_of_f, small, left)
     f = data._replace(e=oblique)
     return Problem(FullRank(f, *outer, kept=kept, weights=weights, ridge=ridge, gram=gram), basis)
 

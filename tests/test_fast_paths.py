@@ -228,12 +228,19 @@ def test_factors_from_a_triangle(kappa, precision):
     eps = np.finfo(dtype).eps
     rng = np.random.default_rng(3)
     m, p = 400, 20
-    A, _ = problem(rng, m, p, min(kappa, 0.01 / eps), dtype)
+    A, b = problem(rng, m, p, min(kappa, 0.01 / eps), dtype)
     A = A * (2.0 ** rng.integers(-20, 20, p)).astype(dtype)
     r = np.insert(np.insert(householder.triangle(np.delete(A, 5, axis=1)), 5, 0, axis=0), 5, 0, axis=1)
     A[:, 5], r[5, 5] = 0, 1
-    q, r2 = jax.jit(cholesky.from_triangle)(A, r)
-    q = np.asarray(q, float).reshape(p, m).T
+
+    @jax.jit
+    def factors(A, r, b):
+        basis = cholesky.orthonormal_basis(A, r)
+        return basis.times(jnp.eye(p, dtype=dtype)), basis.r2, basis.adjoint_times(b[:, None])
+
+    q, r2, c = factors(A, r, b)
+    q = np.asarray(q, float)
+    np.testing.assert_allclose(c, q.T @ b[:, None], rtol=0, atol=p * eps * np.linalg.norm(b))
     eye = np.diag(np.arange(p) != 5)
     assert np.linalg.norm(q.T @ q - eye) < 10 * p * eps
     error = q @ (np.asarray(r2, float) @ np.asarray(r, float)) - A

@@ -31,7 +31,6 @@ from .._numerics import (
     H,
     cond,
     double_precision,
-    flat,
     identity_like,
     in_double,
     largest,
@@ -40,6 +39,7 @@ from .._numerics import (
     varying,
     where_matrix,
 )
+from .._operator import adjoint_times
 
 _CONTRACTION = 0.1
 # Products sum in blocks of at most about this many terms, then over the blocks.
@@ -75,10 +75,6 @@ class Gram(NamedTuple):
     accepted: jax.Array  # (*batch) bool: G lost nothing, is definite, and theta small
     squares: jax.Array  # (*batch, p), of the column norms
     precise: jax.Array  # (*batch) bool: the triangle is R as good as Householder's
-
-    def refused(self, t: jax.Array) -> jax.Array:
-        """T where the Gram matrix is not accepted, zero elsewhere."""
-        return where_matrix(self.accepted, jnp.zeros_like(t), t)
 
     def as_computed(self, dtype: Any) -> "Gram":
         """The same in double precision."""
@@ -294,14 +290,39 @@ def _factor(rows_apart: bool, double: bool, implicit: bool, t: jax.Array) -> Gra
         )
 
 
-def from_triangle(t: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Q (`flat`) and R2 with T = Q (R2 R), a QR factorisation, for R from another one of T, of any condition.
+class Basis(NamedTuple):
+    """An orthonormal basis Q = Z R2^-1 of the columns of F = Q (R2 R), Z = F R^-1.
 
-    Substitution with R has a small error in every row of Z = T R^-1 (Higham, Accuracy and Stability, 2002,
-    section 8.1), and Z is nearly orthonormal. Columns of T that are zero stay so.
+    R is that of another factorisation of F, of any condition: substitution with it has a small error in every
+    row of Z (Higham, Accuracy and Stability, 2002, section 8.1), and Z is nearly orthonormal. Columns of F
+    that are zero stay so. Q itself would be one more array of its size.
     """
-    q, r2 = orthonormalised(H(triangular_solve(r, H(t), adjoint=True)))
-    return flat(q), r2
+
+    z: jax.Array  # (*batch, m, p)
+    r2: jax.Array  # (*batch, p, p)
+
+    def times(self, c: jax.Array) -> jax.Array:
+        """Q c."""
+        return mm(self.z, triangular_solve(self.r2, c))
+
+    def adjoint_times(self, f: jax.Array) -> jax.Array:
+        """Q^H f."""
+        return triangular_solve(self.r2, adjoint_times(self.z, f), adjoint=True)
+
+
+def orthonormal_basis(f: jax.Array, r: jax.Array) -> Basis:
+    """That of the columns of F, from R. Never differentiated."""
+    z = H(triangular_solve(r, H(f), adjoint=True))
+    return Basis(z, _next_to_identity(product(z)))
+
+
+def _next_to_identity(gram: jax.Array) -> jax.Array:
+    """The Cholesky factor of a Gram matrix that nearly is the identity, but for columns of zeros."""
+    empty = jnp.diagonal(gram, axis1=-2, axis2=-1) == 0
+    eye = identity_like(gram)
+    r2 = H(cholesky(jnp.where(empty[..., None], eye, gram)))
+    # Of columns that depend on each other more than R can tell nothing is right, but it is to be finite.
+    return where_matrix(jnp.isfinite(r2).all((-2, -1)), r2, eye)
 
 
 def orthonormalised(z: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -309,12 +330,7 @@ def orthonormalised(z: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     But for columns of zeros.
     """
-    gram = product(z)
-    empty = jnp.diagonal(gram, axis1=-2, axis2=-1) == 0
-    eye = identity_like(gram)
-    r2 = H(cholesky(jnp.where(empty[..., None], eye, gram)))
-    # Of columns that depend on each other more than R can tell nothing is right, but it is to be finite.
-    r2 = where_matrix(jnp.isfinite(r2).all((-2, -1)), r2, eye)
+    r2 = _next_to_identity(product(z))
     return mm(z, inverse(r2)), r2
 
 
