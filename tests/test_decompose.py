@@ -71,7 +71,7 @@ def test_rank_at_a_gap(gap, x64):
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("rcond", [100, 300, 1000])
+@pytest.mark.parametrize("rcond", [300, *(pytest.param(r, marks=pytest.mark.slow) for r in (100, 1000))])
 def test_rank_in_a_slope(rcond, x64):
     """A spectrum cut just above rounding errors: values, derivative and xGELSY agree (but on ties)."""
     rng = np.random.default_rng(7)
@@ -90,7 +90,9 @@ def test_rank_in_a_slope(rcond, x64):
     assert (rank != result.rank).sum() <= 1
 
 
-@pytest.mark.parametrize("shape", [(90, 40), (40, 90)], ids=["tall", "wide"])
+@pytest.mark.parametrize(
+    "shape", [(90, 40), pytest.param((40, 90), marks=pytest.mark.slow)], ids=["tall", "wide"]
+)
 def test_gelsy_of_many_columns(shape, x64):
     """Truncated: the solution is gelsd's, the gradient that of differences within matrices of this rank."""
     rng = np.random.default_rng(5)
@@ -179,8 +181,8 @@ def test_truncates_as_xgelsy(shape, x64):
 @pytest.mark.parametrize(
     ("n", "dtype"),
     [
-        (8, np.complex64), (40, np.float32),
-        *(pytest.param(n, np.complex64, marks=pytest.mark.slow) for n in (20, 40)),
+        (40, np.float32),
+        *(pytest.param(n, np.complex64, marks=pytest.mark.slow) for n in (8, 20, 40)),
         *(pytest.param(n, np.float32, marks=pytest.mark.slow) for n in (8, 20)),
     ],
     ids=str,

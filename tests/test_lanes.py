@@ -66,8 +66,16 @@ def test_decompositions(p, dtype, x64):
     assert (np.sort(perm) == np.arange(p)).all()
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["tall", "wide"])
-@pytest.mark.parametrize("driver", ["gelsd", "gelsy"])
+@pytest.mark.parametrize(
+    ("driver", "wide"),
+    [
+        ("gelsd", True),
+        ("gelsy", False),
+        pytest.param("gelsd", False, marks=pytest.mark.slow),
+        pytest.param("gelsy", True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_truncated_batches(driver, wide, x64):
     """Each matrix as LAPACK has it, at any scale, whatever its neighbours are."""
     rng, rcond = np.random.default_rng(0), 1e-9
