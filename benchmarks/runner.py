@@ -58,7 +58,12 @@ class Contestant:
         del record["used"]
         if self.seconds:
             record |= {"minimum": min(self.seconds), "median": median(self.seconds)}
-        return record
+        # Digits beyond the fourth are noise, and fill the files.
+        return {k: _rounded(v) if isinstance(v, (float, list)) else v for k, v in record.items()}
+
+
+def _rounded(value: float | list[float]) -> float | list[float]:
+    return [float(f"{v:.4g}") for v in value] if isinstance(value, list) else float(f"{value:.4g}")
 
 
 class WorkerFailedError(Exception):
@@ -264,7 +269,7 @@ def _processor() -> str:
 def _write(output: Path, results: dict[str, Any]) -> None:
     """Replace the file at once, so that an interruption leaves a whole one."""
     partial = output.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.write_text(json.dumps(results, separators=(",", ":")) + "\n")
     partial.replace(output)
 
 
