@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._numerics import abs2, double_precision, in_double, native_batch, real_dtype, varying
+from .._numerics import abs2, cond, double_precision, in_double, native_batch, real_dtype, varying
 from .._operator import Operator
 from .._reduce.cholesky import Gram
 
@@ -85,10 +85,20 @@ def _solve(
         parts += [] if g is None else [-g]
         return gram.adjoint_solve(sum(parts[1:], parts[0]))
 
+    def start(f):
+        """The same for v = f. A derivative's f is most often zero: to look costs less than the product."""
+        if f is None or g is None:
+            return rest(f)
+
+        def looked(f):
+            return cond((f != 0).any(), lambda: rest(f), lambda: rest(None), f, g)
+
+        return lax.platform_dependent(f, cpu=looked, default=rest)
+
     sides = [a for a in (f, g) if a is not None]
     theta = gram.contraction[..., None].astype(real_dtype(sides[0].dtype))
     eps = float(jnp.finfo(t.t.dtype).eps)
-    c = rest(f)
+    c = start(f)
     size = _norms(c)
 
     def going(state):
@@ -120,10 +130,10 @@ def _solve(
         v = -t.times(y) if f is None else f - t.times(y)
     rho = jnp.zeros((*y.shape[:-2], 1, y.shape[-1]), theta.dtype)
     done = jnp.broadcast_to(~gram.accepted[..., None], size.shape)
-    start = varying((0, (v, y, c, y, rho), done, jnp.ones_like(done)))
+    state = varying((0, (v, y, c, y, rho), done, jnp.ones_like(done)))
     # Elsewhere than on CPU the test of a loop costs as much as a correction: the first is made in any case.
-    start = lax.platform_dependent(start, cpu=lambda start: start, default=step)
-    _, (v, y, total, _, rho), done, small = lax.while_loop(going, step, start)
+    state = lax.platform_dependent(state, cpu=lambda state: state, default=step)
+    _, (v, y, total, _, rho), done, small = lax.while_loop(going, step, state)
     return (v, y, total, rho[..., 0, :]), done & small
 
 
