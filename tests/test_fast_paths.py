@@ -290,7 +290,7 @@ def test_sketch_refuses_or_is_right(spoil, x64):
     np.testing.assert_allclose(result.solution, x, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "complex128"])
 def test_whole_numbers(dtype, x64):
     """Exactly orthogonal, equal and dependent columns, where what is left of a column may cancel or not."""
     rng = np.random.default_rng(5)

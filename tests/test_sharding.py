@@ -78,7 +78,8 @@ for shape_a, shape_b, spec_a, spec_b, spec in cases if every else cases[:1]:
 """
 
 
-@pytest.mark.parametrize("every", EVERY, ids=["some", "every"])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [False, True], ids=["some", "every"])
 def test_explicit_mesh(every):
     """The kind of axes that `jax.make_mesh` makes: results and gradients are sharded as the data is."""
     run("Explicit", f"every = {every}" + EXPLICIT)

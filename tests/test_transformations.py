@@ -196,7 +196,8 @@ def test_extreme_scales(driver, precision):
             np.testing.assert_allclose(scaled, expected, rtol=1e3 * info.eps)
 
 
-@pytest.mark.parametrize("shape", [pytest.param((22, 4), marks=pytest.mark.slow), (9, 7)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(22, 4), (9, 7)], ids=str)
 def test_derivatives_through_vmap_of_one_argument(shape, x64):
     """Outputs that do not depend on what is batched: a rule's batch must be the value's."""
     rng = np.random.default_rng(4)
@@ -240,7 +241,16 @@ def test_vmap_over_nothing(driver, shape):
 
 
 # Small matrices, the Gram matrix, a wide one, LU, a batch in lanes, blocks.
-@pytest.mark.parametrize("shape", [(9, 3), (60, 20), (5, 30), (120, 120), (4, 8, 3), (40, 60, 20)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (5, 30),
+        (120, 120),
+        (40, 60, 20),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ((9, 3), (60, 20), (4, 8, 3))),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("driver", LONGEST)
 def test_no_rank_is_promoted(shape, driver, x64):
     A, B = data(shape, (*shape[:-1], 2))
