@@ -709,7 +709,7 @@ def singular_values(factors: Factors, c: jax.Array, s: jax.Array, v: jax.Array) 
     def values(factors, c, s, v):
         t = scaled(factors.t, factors.down)
         if factors.q is None:
-            u, _ = orthonormalised(lax.stop_gradient(Operator(factors.t, factors.down).times(c)))
+            u = orthonormalised(lax.stop_gradient(Operator(factors.t, factors.down).times(c)))
         else:
             u = mm(factors.qt.mT, c)
         return singular_triplets(t, lax.stop_gradient(u), s, v)[1]

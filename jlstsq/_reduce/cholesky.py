@@ -325,13 +325,9 @@ def _next_to_identity(gram: jax.Array) -> jax.Array:
     return where_matrix(jnp.isfinite(r2).all((-2, -1)), r2, eye)
 
 
-def orthonormalised(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Q and R2 with Z = Q R2 for a Z that nearly is: its Gram matrix is safe, and R2 next to the identity.
-
-    But for columns of zeros.
-    """
-    r2 = _next_to_identity(product(z))
-    return mm(z, inverse(r2)), r2
+def orthonormalised(z: jax.Array) -> jax.Array:
+    """Q of Z = Q R2 for a Z that nearly is orthonormal, but for columns of zeros: its Gram matrix is safe."""
+    return mm(z, inverse(_next_to_identity(product(z))))
 
 
 def _halves(a: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None]:

@@ -76,9 +76,11 @@ def _signs(rows: int, dtype: Any) -> jax.Array:
 
 
 def _sketch(t: jax.Array) -> jax.Array:
-    """S T, with 4 p rows, or 3 p where that saves threads."""
+    """S T, with 4 p rows, or fewer, 3 p at least, where that saves threads."""
     m, p = t.shape
-    d = max(3 * p, min(_ROWS * p, _SERIAL // p))
+    d = _ROWS * p
+    if d > _SERIAL // p >= 3 * p:
+        d = _SERIAL // p
     signs = _signs(m, t.dtype)
 
     def add(i, total):
