@@ -96,6 +96,7 @@ from ._numerics import (
     many_terms,
     mm,
     pick,
+    real_dtype,
     scaled,
     transposed,
     varying,
@@ -199,8 +200,9 @@ class FullRank(NamedTuple):
         """(v, y): by products with F where its Gram matrix is enough, else from the factors."""
         if self.gram is None:
             return self._by_factors(f, g)
-        by_products = seminormal.augmented(self.f, self.gram, f, g)[:2]
         accepted = self.gram.accepted
+        # `down` is 1 where that is accepted: to multiply by it would be one more pass over v.
+        by_products = seminormal.augmented(self.f._replace(down=None), self.gram, f, g)[:2]
 
         def otherwise():
             return jax.tree.map(partial(pick, accepted), by_products, self._by_factors(f, g))
@@ -248,25 +250,39 @@ class FullRank(NamedTuple):
         return f - weigh(self.weights, self.f.times(y)), y
 
 
-def augmented(problem: FullRank, f: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def augmented(
+    problem: FullRank, f: jax.Array, g: jax.Array, residual: jax.Array | None = None
+) -> tuple[jax.Array, ...]:
     """(v, y) with v + F y = f and F^H W v - ridge y = g, differentiable to any order.
 
-    In F, W, ridge, f and g.
+    In F, W, ridge, f and g. With a `residual` also 2 Re residual^H f by columns: as one more row of the
+    equation, whose adjoint costs little where that is not used.
     """
     constant = problem.constants()
+    known = lax.stop_gradient(residual)
 
-    def matvec(vy):
-        v, y = vy
+    def inner(r, f):
+        return 2 * (r.conj() * f).real.sum(-2)
+
+    def matvec(z):
+        v, y, *rho = z
+        first = v + problem.f.times(y)
         second = problem.f.adjoint_times(weigh(problem.weights, v)) - problem.second(y)
-        return v + problem.f.times(y), second
+        return first, second, *(a - inner(residual, first) for a in rho)
 
-    def solve(_, fg):
-        return constant.solve(*fg)
+    def solve(_, rhs):
+        f, g, *rho = rhs
+        return *constant.solve(f, g), *(a + inner(known, f) for a in rho)
 
-    def transpose_solve(_, fg):
-        return jax.tree.map(jnp.conj, constant.transpose_solve(*jax.tree.map(jnp.conj, fg)))
+    def transpose_solve(_, rhs):
+        f, g, *rho = jax.tree.map(jnp.conj, rhs)
+        v, y = constant.transpose_solve(f, g)
+        for a in rho:
+            v = cond((a != 0).any(), lambda v=v, a=a: v + 2 * a[..., None, :] * known, lambda v=v: v, v, known)
+        return *jax.tree.map(jnp.conj, (v, y)), *rho
 
-    return linear_solve(matvec, (f, g), solve, transpose_solve)
+    none = () if residual is None else (jnp.zeros((*f.shape[:-2], f.shape[-1]), real_dtype(f.dtype)),)
+    return linear_solve(matvec, (f, g, *none), solve, transpose_solve)
 
 
 @jax.custom_jvp
@@ -288,9 +304,10 @@ def _solved_rule(primals, tangents):
     )
     if not isinstance(problem_dot.f.t, still):
         moved = Operator(problem_dot.f.t, problem.f.down)
-        f_dot, g_dot = f_dot - moved.times(y), g_dot - moved.adjoint_times(v)
+        # -y: to negate what comes back for T' y would be one more pass over it.
+        f_dot, g_dot = f_dot + moved.times(-y), g_dot - moved.adjoint_times(v)
     # rho' of section 4 with D = 0, from the f' - T' y that is there: one product less with every v.
-    return (v, y, rho), (*augmented(problem, f_dot, g_dot), 2 * (v.conj() * f_dot).real.sum(-2))
+    return (v, y, rho), augmented(problem, f_dot, g_dot, v)
 
 
 solved.defjvp(_solved_rule, symbolic_zeros=True)

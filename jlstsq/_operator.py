@@ -3,13 +3,14 @@
 In the precision of the vectors, which may be double for a T in single precision.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._numerics import H, mm, power_of_two, varying
+from ._numerics import H, mm, power_of_two, scaled, varying
 
 # Columns from which XLA on CPU sums a product with the adjoint as well in the other order.
 _FEW = 8
@@ -82,19 +83,20 @@ class Operator(NamedTuple):
         after = self.down / before
         return before[..., None, None].astype(a.dtype), after[..., None, None].astype(a.dtype)
 
+    def _scaled(self, product: Callable, z: jax.Array) -> jax.Array:
+        """`product` of `down` T and z: the smaller ones are scaled, T or z and the result."""
+        if self.down is None:
+            return product(self.t, z)
+        if z.shape[-1] >= self.t.shape[-1]:
+            return product(scaled(self.t, self.down), z)
+        before, after = self._halves(z)
+        return product(self.t, z * before) * after
+
     def times(self, z: jax.Array) -> jax.Array:
         """F z."""
-        z = z if self.e is None else mm(self.e.astype(z.dtype), z)
-        if self.down is None:
-            return _times(self.t, z)
-        before, after = self._halves(z)
-        return _times(self.t, z * before) * after
+        return self._scaled(_times, z if self.e is None else mm(self.e.astype(z.dtype), z))
 
     def adjoint_times(self, v: jax.Array) -> jax.Array:
         """F^H v."""
-        if self.down is None:
-            z = _adjoint_times(self.t, v)
-        else:
-            before, after = self._halves(v)
-            z = _adjoint_times(self.t, v * before) * after
+        z = self._scaled(_adjoint_times, v)
         return z if self.e is None else mm(H(self.e).astype(z.dtype), z)

@@ -106,23 +106,25 @@ def _solve(
         return (count < _CORRECTIONS) & ~done.all()
 
     def step(state):
-        count, (v, y, total, delta, _), done, small = state
+        count, (v, y, total, delta, before), done, small = state
         v = v if last else v - t.times(delta)
-        d = rest(v)
+        # A column that is done is corrected by zero: to pick columns of v would be one more pass over it.
+        d = jnp.where(done[..., None, :], 0, rest(v))
         delta = gram.solve(d)
         norm = _norms(d)
         v = v - t.times(delta) if last else v
         rho = abs2(v).sum(-2)
         rho = rho if last else jnp.maximum(rho - norm**2, 0)
-        new = v, y + delta, total + d, delta, rho[..., None, :]
-        now = jax.tree.map(lambda a, b: jnp.where(done[..., None, :], a, b), state[1], new)
         # A correction that large refutes the bound. NaN is done: its column stays NaN.
         whole = size + jnp.sqrt(rho)
         small = small & (done | ~(norm > _REFUTED * whole))
         more = theta * norm > eps / 2 * whole
         if not last:
             more = more | (theta * norm**2 > eps / 2 * rho) | (norm**2 > rho)
-        return count + 1, now, done | ~more, small
+        more = more & ~done
+        rho = jnp.where(done, before[..., 0, :], rho)[..., None, :]
+        left = delta if last else jnp.where(more[..., None, :], delta, 0)
+        return count + 1, (v, y + delta, total + d, left, rho), ~more, small
 
     y = gram.solve(c)
     v = f
