@@ -470,6 +470,8 @@ def core_factors(
     """
     kept = decision.kept
     core = where_matrix(decision.full, r, kept.l)
+    if not wide and ridge is None:
+        return kept.u, core
     core = H(core) if wide else core
     outer = kept.w if wide else kept.u
     if ridge is not None:
@@ -482,11 +484,7 @@ def core_factors(
         core = core[..., : r.shape[-1], :]
         exact = H(triangular_solve(small, H(core), adjoint=True))
         q1 = where_matrix(ridge > abs2(core).sum((-2, -1)), exact, q1)
-    left = mm(outer, q1)
-    if wide or ridge is not None:
-        return left, small
-    # An element of full rank keeps its R to the bit.
-    return where_matrix(decision.full, outer, left), where_matrix(decision.full, r, small)
+    return mm(outer, q1), small
 
 
 class Problem(NamedTuple):
@@ -548,9 +546,7 @@ def _truncated(driver: str, factors: Factors) -> Problem:
         decision = decision._replace(kept=decision.kept._replace(l=mm(q_of_f.r2, l)))
         r = mm(q_of_f.r2, r_e)
     if core is None:
-        # A diagonal l is a triangle already, and R2 l is.
-        triangle = where_matrix(full, r, decision.kept.l)
-        core = (u, triangle) if spectrum else core_factors(r, decision, wide)
+        core = core_factors(r, decision, wide)
     left, small = core
     small = where_matrix(decision.usable, small, identity_like(small))
 
@@ -578,8 +574,8 @@ def _truncated(driver: str, factors: Factors) -> Problem:
     else:
         eye = identity_like(r)
         # B = Q u r_e and T_k w = Q u l: C = l^H r_e, and T_k w = B j.
-        r_inverse, l_inverse = library.inverse(r_e), library.inverse(H(l))
-        inverse, b_inverse = mm(r_inverse, l_inverse), mm(r_inverse, H(r_inverse))
+        r_inverse, l_inverse = library.inverse(r_e), library.inverse(l)
+        inverse, b_inverse = mm(r_inverse, H(l_inverse)), mm(r_inverse, H(r_inverse))
         j = where_matrix(full, eye, mm(r_inverse, l))
         constants = w, mm(e, j), e, jnp.where(both, inverse, 0), jnp.where(both, b_inverse, 0)
         basis, oblique = pivoted_basis(data, weights, *lax.stop_gradient(constants))

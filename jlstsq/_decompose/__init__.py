@@ -187,10 +187,10 @@ def cut(
         rotated = where_matrix(full, safe, rotated)
         part = expand(rotated, decision).kept
         if adjoint:  # R y = R_k^+H c, R e = u r
-            z = triangular_solve(part.l, mm(H(part.w), c), lower=True, adjoint=True)
+            z = triangular_solve(part.l, mm(H(part.w), c), adjoint=True)
             y_k = mm(part.e, triangular_solve(part.r, z))
         else:
-            y_k = mm(part.w, triangular_solve(part.l, mm(H(part.u), mm(H(u), c)), lower=True))
+            y_k = mm(part.w, triangular_solve(part.l, mm(H(part.u), mm(H(u), c))))
         return turned, rotated, decision, where_matrix(full, y, y_k)
 
     return cond(full.all(), lambda: (q, safe, whole, y), truncated, q, r, rcond, c)

@@ -124,16 +124,20 @@ def _factors(u: jax.Array, rp: jax.Array, perm: jax.Array, kept: jax.Array) -> K
     """The kept part of R P = U Rp."""
     rows, columns = kept[..., :, None], kept[..., None, :]
     eye = identity_like(rp)
-    # Zero columns stay zero under Householder reflections, so a QR factorisation of the masked
-    # [R11 R12]^H is that of its first `rank` columns.
-    w, lh = qr(H(jnp.where(rows, rp, 0)))
+    # QR of the kept rows' adjoint, the last row first: L is upper triangular then. Zero columns stay zero
+    # under Householder reflections, so what follows the first `rank` columns does not matter.
+    rank, index = kept.sum(-1, keepdims=True), indices(perm)
+    reverse = jnp.where(index < rank, rank - 1 - index, index)[..., None, :]
+    w, lh = qr(H(jnp.take_along_axis(jnp.where(rows, rp, 0), reverse.mT, axis=-2)))
+    w = jnp.take_along_axis(w, reverse, axis=-1)
+    l = jnp.take_along_axis(jnp.take_along_axis(H(lh), reverse.mT, axis=-2), reverse, axis=-1)  # noqa: E741
     w = jnp.take_along_axis(w, inverse_permutation(perm)[..., None], axis=-2)
     e = (indices(perm)[..., :, None] == perm[..., None, :]) & columns
     return Kept(
         e=e.astype(rp.dtype),
         r=jnp.where(rows & columns, rp, eye),
         u=jnp.where(columns, u, 0),
-        l=jnp.where(rows & columns, H(lh), eye),
+        l=jnp.where(rows & columns, l, eye),
         w=jnp.where(columns, w, 0),
         kept=kept,
     )

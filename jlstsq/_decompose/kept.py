@@ -16,7 +16,7 @@ class Kept(NamedTuple):
     e: jax.Array  # R e = u r
     r: jax.Array  # upper triangular (diagonal for the SVD)
     u: jax.Array  # orthonormal columns
-    l: jax.Array  # lower triangular (diagonal for the SVD)  # noqa: E741
+    l: jax.Array  # upper triangular (diagonal for the SVD)  # noqa: E741
     w: jax.Array  # orthonormal columns: the row space of R_k
     kept: jax.Array  # (*batch, p) bool: the first `rank` are True
 
