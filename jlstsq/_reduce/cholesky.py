@@ -312,7 +312,10 @@ class Basis(NamedTuple):
 
 def orthonormal_basis(f: jax.Array, r: jax.Array) -> Basis:
     """That of the columns of F, from R. Never differentiated."""
+    # Row after row, as XLA multiplies and LAPACK solves F^H; else XLA on CPU copies both to and fro.
+    f = lax.optimization_barrier(f)
     z = H(triangular_solve(r, H(f), adjoint=True))
+    z = lax.optimization_barrier(z.reshape(*z.shape[:-2], -1)).reshape(z.shape)
     return Basis(z, _next_to_identity(product(z)))
 
 
