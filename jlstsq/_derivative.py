@@ -332,11 +332,10 @@ def _gram_dot(t: Operator, t_dot: Operator, weights, weights_dot, z: jax.Array) 
         if weights is not None:
             inner = inner + weigh(weights_dot, t_z)
         return t_dot.adjoint_times(weigh(weights, t_z)) + t.adjoint_times(inner)
-    whole = scaled(t.t, t.down)
-    half = mm(H(weigh(weights, whole)), scaled(t_dot.t, t.down))
+    half = t.adjoint_times(weigh(weights, scaled(t_dot.t, t_dot.down)))
     out = half + H(half)
     if weights is not None:
-        out = out + mm(H(whole), weigh(weights_dot, whole))
+        out = out + t.adjoint_times(weigh(weights_dot, scaled(t.t, t.down)))
     return mm(out, z)
 
 

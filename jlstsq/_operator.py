@@ -87,7 +87,7 @@ class Operator(NamedTuple):
         """`product` of `down` T and z: the smaller ones are scaled, T or z and the result."""
         if self.down is None:
             return product(self.t, z)
-        if z.shape[-1] >= self.t.shape[-1]:
+        if z.shape[-1] > self.t.shape[-1]:
             return product(scaled(self.t, self.down), z)
         before, after = self._halves(z)
         return product(self.t, z * before) * after
