@@ -250,13 +250,19 @@ class FullRank(NamedTuple):
         return f - weigh(self.weights, self.f.times(y)), y
 
 
-def augmented(
-    problem: FullRank, f: jax.Array, g: jax.Array, residual: jax.Array | None = None
-) -> tuple[jax.Array, ...]:
+def augmented(problem: FullRank, f: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(v, y) with v + F y = f and F^H W v - ridge y = g, differentiable to any order.
 
-    In F, W, ridge, f and g. With a `residual` also 2 Re residual^H f by columns: as one more row of the
-    equation, whose adjoint costs little where that is not used.
+    In F, W, ridge, f and g.
+    """
+    v, y = _augmented(problem, f, g, None)
+    return v, y
+
+
+def _augmented(problem: FullRank, f: jax.Array, g: jax.Array, residual: Any) -> tuple[jax.Array, ...]:
+    """`augmented`, and with a `residual` 2 Re residual^H f by columns as well.
+
+    As one more row of the equation its adjoint costs little where that is not used.
     """
     constant = problem.constants()
     known = lax.stop_gradient(residual)
@@ -277,8 +283,9 @@ def augmented(
     def transpose_solve(_, rhs):
         f, g, *rho = jax.tree.map(jnp.conj, rhs)
         v, y = constant.transpose_solve(f, g)
-        for a in rho:
-            v = cond((a != 0).any(), lambda v=v, a=a: v + 2 * a[..., None, :] * known, lambda v=v: v, v, known)
+        if rho:
+            used = (rho[0] != 0).any()
+            v = cond(used, lambda: v + 2 * rho[0][..., None, :] * known, lambda: v, v, rho, known)
         return *jax.tree.map(jnp.conj, (v, y)), *rho
 
     none = () if residual is None else (jnp.zeros((*f.shape[:-2], f.shape[-1]), real_dtype(f.dtype)),)
@@ -307,7 +314,8 @@ def _solved_rule(primals, tangents):
         # -y: to negate what comes back for T' y would be one more pass over it.
         f_dot, g_dot = f_dot + moved.times(-y), g_dot - moved.adjoint_times(v)
     # rho' of section 4 with D = 0, from the f' - T' y that is there: one product less with every v.
-    return (v, y, rho), augmented(problem, f_dot, g_dot, v)
+    v_dot, y_dot, rho_dot = _augmented(problem, f_dot, g_dot, v)
+    return (v, y, rho), (v_dot, y_dot, rho_dot)
 
 
 solved.defjvp(_solved_rule, symbolic_zeros=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from .. import _library as library
 from .._blocks import of_matrices
 from .._library import triangular_solve
-from .._numerics import H, cond, identity_like, mm, native_batch, pick, transposed, where_matrix
+from .._numerics import cond, identity_like, mm, native_batch, pick, transposed, where_matrix
 from . import certificate, complete_orthogonal, svd
 from .kept import Kept
 
@@ -173,25 +173,18 @@ def cut(
         return q, safe, whole, y
 
     def truncated():
+        pivots = None
         if driver == "gelsy":
-            u, rotated, pivots, kept = complete_orthogonal.decide(safe, rcond)
+            u, rotated, y_k, kept, pivots = complete_orthogonal.decide(safe, rcond, c, adjoint, q is not None)
             pivots = pivots.astype(jnp.int32)
         else:
-            u, rotated, kept = svd.decide(safe, rcond, driver)
-            pivots = None
+            u, rotated, y_k, kept = svd.decide(safe, rcond, driver, c, adjoint, q is not None)
         # Elements of full rank are turned by the identity: to pick would take one more array of Q's size.
         turned = None
-        if q is not None:
+        if q is not None and u is not None:
             turned = mm(where_matrix(full, identity_like(u), u).mT, transposed(q, r)).reshape(q.shape)
         decision = Cut(pivots, kept | full[..., None], full, usable)
-        rotated = where_matrix(full, safe, rotated)
-        part = expand(rotated, decision).kept
-        if adjoint:  # R y = R_k^+H c, R e = u r
-            z = triangular_solve(part.l, mm(H(part.w), c), adjoint=True)
-            y_k = mm(part.e, triangular_solve(part.r, z))
-        else:
-            y_k = mm(part.w, triangular_solve(part.l, mm(H(part.u), mm(H(u), c))))
-        return turned, rotated, decision, where_matrix(full, y, y_k)
+        return turned, where_matrix(full, safe, rotated), decision, where_matrix(full, y, y_k)
 
     return cond(full.all(), lambda: (q, safe, whole, y), truncated, q, r, rcond, c)
 

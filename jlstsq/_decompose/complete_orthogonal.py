@@ -43,28 +43,36 @@ def solve(r: jax.Array, rcond: jax.Array, c: jax.Array, adjoint: bool) -> tuple[
     R_k is the leading part of the pivoted R whose condition estimate stays above the cut.
     """
     rp, d, perm, kept = _pivoted(r, rcond, c[..., :0] if adjoint else c)
+    return _solution(rp, d, perm, kept, c, adjoint), kept.sum(-1)
+
+
+def _solution(
+    rp: jax.Array, d: jax.Array, perm: jax.Array, kept: jax.Array, c: jax.Array, adjoint: bool
+) -> jax.Array:
+    """What `solve` returns first, from R P = U Rp and d = U^H c."""
+    p = rp.shape[-1]
     columns, order = kept[..., None], inverse_permutation(perm)[..., None]
     both = kept[..., :, None] & kept[..., None, :]
     m = H(jnp.where(columns, rp, 0))
     # Where nothing is dropped the pivoted triangle is all that is needed, and no product of two is formed.
     full = kept.all(-1)
-    square = jnp.where(both, rp, identity_like(r))
+    eye = identity_like(rp)
+    square = jnp.where(both, rp, eye)
     if adjoint:
         c = jnp.take_along_axis(c, perm[..., None], axis=-2)
         y_full = triangular_solve(square, triangular_solve(square, c, adjoint=True))
         # L^H, and W^H c with it
         augmented = triangle(jnp.concatenate([m, c], axis=-1))
-        lh, d = augmented[..., : r.shape[-1]], augmented[..., r.shape[-1] :]
-        lh = jnp.where(both, lh, identity_like(r))
+        lh, d = augmented[..., :p], augmented[..., p:]
+        lh = jnp.where(both, lh, eye)
         y = triangular_solve(lh, jnp.where(columns, d, 0))
         y = triangular_solve(square, y)
     else:
         y_full = triangular_solve(square, d)
         # The seminormal equations of the minimum-norm solution are as accurate as W (Paige 1973).
-        lh = jnp.where(both, triangle(m), identity_like(r))
+        lh = jnp.where(both, triangle(m), eye)
         y = mm(m, triangular_solve(lh, triangular_solve(lh, jnp.where(columns, d, 0), adjoint=True)))
-    y = where_matrix(full, y_full, y)
-    return jnp.take_along_axis(y, order, axis=-2), kept.sum(-1)
+    return jnp.take_along_axis(where_matrix(full, y_full, y), order, axis=-2)
 
 
 def decompose(r: jax.Array, rcond: jax.Array) -> Kept:
@@ -73,11 +81,16 @@ def decompose(r: jax.Array, rcond: jax.Array) -> Kept:
     return _factors(H(uh), rp, perm, kept)
 
 
-def decide(r: jax.Array, rcond: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """U and the kept rows of U^H R, the pivots, and the mask of those kept."""
-    rp, uh, perm, kept = _pivoted(r, rcond, identity_like(r))
+def decide(
+    r: jax.Array, rcond: jax.Array, c: jax.Array, adjoint: bool, turn: bool
+) -> tuple[jax.Array | None, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """U (None unless asked to `turn` by it), the kept rows of U^H R, y of `solve`, the mask, the pivots."""
+    rides = identity_like(r) if turn else c[..., :0] if adjoint else c
+    rp, d, perm, kept = _pivoted(r, rcond, rides)
+    y = _solution(rp, mm(d, c) if turn and not adjoint else d, perm, kept, c, adjoint)
     order = inverse_permutation(perm)
-    return H(uh), jnp.take_along_axis(rp, order[..., None, :], axis=-1), perm, kept
+    rotated = jnp.take_along_axis(rp, order[..., None, :], axis=-1)
+    return H(d) if turn else None, rotated, y, kept, perm
 
 
 def rebuild(r: jax.Array, perm: jax.Array, kept: jax.Array) -> Kept:

@@ -4,8 +4,6 @@ R = U S V^H; singular values s_i <= rcond s_1 count as zero (Golub and Kahan 196
 Decomposing the triangle instead of A is Chan's (1982) QR-first SVD.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -45,37 +43,61 @@ def decompose(r: jax.Array, rcond: jax.Array, driver: str) -> Kept:
     return _factors(u, s, v, _kept(s, rcond))
 
 
-def decide(r: jax.Array, rcond: jax.Array, driver: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U and diag(s) V^H = U^H R, and the mask of the values kept."""
-    turned = partial(_turned, driver)
-    if lanes.few(r, lanes.SVD):
-        u, s, rows = lax.platform_dependent(r, cpu=lanes.turned, default=turned)
-    else:
-        u, s, rows = turned(r)
-    return u, rows, _kept(s, rcond)
-
-
-def _turned(driver: str, r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U, s and diag(s) V^H = U^H R.
+def decide(
+    r: jax.Array, rcond: jax.Array, driver: str, c: jax.Array, adjoint: bool, turn: bool
+) -> tuple[jax.Array | None, jax.Array, jax.Array, jax.Array]:
+    """U (None unless asked to `turn` by it), diag(s) V^H = U^H R, y of `solve`, and the mask of what is kept.
 
     U from R V = U diag(s), a QR factorisation, and so are the lengths of the rows: more accurate than the
     SVD's own where columns of very different size are kept.
     """
-    _, s, v = factors(r, driver)
-    u, rv = library.qr(mm(r, v))
-    signed = jnp.diagonal(rv, axis1=-2, axis2=-1)
-    size = abs(signed)
-    sign = jnp.where(size > 0, signed / jnp.where(size > 0, size, 1).astype(rv.dtype), 1)
-    return u * sign[..., None, :], s, size[..., :, None].astype(v.dtype) * H(v)
+
+    def turned(r: jax.Array, c: jax.Array):
+        """U, or c^H U; s; diag(s) V^H."""
+        _, s, v = factors(r, driver)
+        rv = mm(r, v)
+        if turn:
+            left, rv = library.qr(rv)
+        else:
+            both = library.triangle(jnp.concatenate([rv, c], axis=-1))
+            rv, left = both[..., : r.shape[-1]], H(both[..., r.shape[-1] :])
+        signed = jnp.diagonal(rv, axis1=-2, axis2=-1)
+        size = abs(signed)
+        sign = jnp.where(size > 0, signed / jnp.where(size > 0, size, 1).astype(rv.dtype), 1)
+        return left * sign[..., None, :], s, size[..., :, None].astype(v.dtype) * H(v)
+
+    def in_lanes(r: jax.Array, c: jax.Array):
+        u, s, rows = lanes.turned(r)
+        return u if turn else mm(H(c), u), s, rows
+
+    rides = c[..., :0] if adjoint else c
+    if lanes.few(r, lanes.SVD):
+        left, s, rows = lax.platform_dependent(r, rides, cpu=in_lanes, default=turned)
+    else:
+        left, s, rows = turned(r, rides)
+    mask = _kept(s, rcond)
+    size, v = _rows(rows)
+    some = mask & (size > 0)
+    inverse = jnp.where(some, 1 / jnp.where(some, size, 1), 0)[..., None].astype(v.dtype)
+    if adjoint:
+        y = mm(v, inverse * (inverse * mm(H(v), c)))
+    else:
+        y = mm(v, inverse * (mm(H(left), c) if turn else H(left)))
+    return left if turn else None, rows, y, mask
+
+
+def _rows(r: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sizes s and V of R = diag(s) V^H."""
+    up, down = power_of_two(largest(abs(r)))
+    unit = r * down[..., None].astype(r.dtype)
+    s = jnp.sqrt(abs2(unit).sum(-1))
+    return s * up, H(unit / jnp.where(s > 0, s, 1)[..., None].astype(r.dtype))
 
 
 def rebuild(r: jax.Array, kept: jax.Array) -> Kept:
     """`decompose` of U^H R = diag(s) V^H."""
-    up, down = power_of_two(largest(abs(r)))
-    unit = r * down[..., None].astype(r.dtype)
-    s = jnp.sqrt(abs2(unit).sum(-1))
-    v = H(unit / jnp.where(s > 0, s, 1)[..., None].astype(r.dtype))
-    return _factors(identity_like(r), s * up, v, kept)
+    s, v = _rows(r)
+    return _factors(identity_like(r), s, v, kept)
 
 
 def _kept(s: jax.Array, rcond: jax.Array) -> jax.Array:
