@@ -11,7 +11,7 @@ from jax import lax
 
 from ._numerics import varying
 
-# A block of matrices has at least this many, and entries up to (of the largest argument):
+# A block of matrices has a multiple of this many, and entries up to (of the largest argument):
 _FEWEST, _ENTRIES = 8, 1 << 14
 
 
@@ -32,7 +32,7 @@ def in_blocks(fun: Callable[..., tuple], batch: tuple, *args: jax.Array, fewest:
     if not alike or not all(isinstance(d, int) for d in (*batch, *chain(*shapes))):
         return fun(*args)
     largest = max(math.prod(shape) for shape in shapes)
-    count, size = math.prod(batch), max(fewest, _ENTRIES // max(1, largest))
+    count, size = math.prod(batch), max(1, _ENTRIES // max(1, largest) // fewest) * fewest
     if count < 2 * size or not largest:
         return fun(*args)
 

@@ -165,7 +165,7 @@ class FullRank(NamedTuple):
     f: Operator  # differentiable
     q: Any  # `flat`, or a `Basis`; None: one is found from F and R where it is needed
     r: jax.Array
-    left: jax.Array | None = None
+    left: jax.Array | None = None  # None: the identity, zero where not kept
     kept: jax.Array | None = None  # (*batch, columns) bool
     weights: jax.Array | None = None
     ridge: jax.Array | None = None
@@ -178,12 +178,15 @@ class FullRank(NamedTuple):
         """(q left)^H W^(1/2) f."""
         f = weigh(root(self.weights), f)
         c = self.q.adjoint_times(f) if isinstance(self.q, Basis) else mm(transposed(self.q, self.r).conj(), f)
-        return c if self.left is None else mm(H(self.left), c)
+        return self._where_kept(c) if self.left is None else mm(H(self.left), c)
 
     def along(self, c: jax.Array) -> jax.Array:
         """Q left c."""
-        c = c if self.left is None else mm(self.left, c)
+        c = self._where_kept(c) if self.left is None else mm(self.left, c)
         return self.q.times(c) if isinstance(self.q, Basis) else mm(transposed(self.q, self.r).mT, c)
+
+    def _where_kept(self, c: jax.Array) -> jax.Array:
+        return c if self.kept is None else jnp.where(self.kept[..., None], c, 0)
 
     def second(self, y: jax.Array) -> jax.Array:
         """What is subtracted in the second equation: ridge y, and y where it is not kept."""
@@ -560,10 +563,10 @@ def _truncated(driver: str, factors: Factors) -> Problem:
     if spectrum:
         s = abs(jnp.diagonal(l, axis1=-2, axis2=-1))
         if factors.core is None:  # K = diag(s^-2)
-            without = l
+            inverse = identity_like(r) * jnp.where(kept, 1 / s / s, 0)[..., None].astype(r.dtype)
         else:
             without = small if ridge is None else core_factors(r, decision, wide)[1]
-        inverse = jnp.where(both, FullRank(data, None, without).normal_solve(identity_like(r)), 0)
+            inverse = jnp.where(both, FullRank(data, None, without).normal_solve(identity_like(r)), 0)
         basis = mm(factors.qt.mT, u) if wide else w
         if turned:
             rows = jnp.where(kept[..., :, None], 0, factors.r)
@@ -586,7 +589,8 @@ def _truncated(driver: str, factors: Factors) -> Problem:
         j = where_matrix(full, eye, mm(r_inverse, l))
         constants = w, mm(e, j), e, jnp.where(both, inverse, 0), jnp.where(both, b_inverse, 0)
         basis, oblique = pivoted_basis(data, weights, *lax.stop_gradient(constants))
-    outer = (flat(left), small) if wide else (q_of_f, small, left)
+    # Turned, R has the kept part in its first rows, and u is the identity there.
+    outer = (flat(left), small) if wide else (q_of_f, small, None if turned else left)
     f = data._replace(e=oblique)
     return Problem(FullRank(f, *outer, kept=kept, weights=weights, ridge=ridge, gram=gram), basis)
 
