@@ -203,9 +203,18 @@ class FullRank(NamedTuple):
         """(v, y): by products with F where its Gram matrix is enough, else from the factors."""
         if self.gram is None:
             return self._by_factors(f, g)
-        accepted = self.gram.accepted
-        # `down` is 1 where that is accepted: to multiply by it would be one more pass over v.
-        by_products = seminormal.augmented(self.f._replace(down=None), self.gram, f, g)[:2]
+        gram, accepted = self.gram, self.gram.accepted
+
+        def products():
+            # `down` is 1 where that is accepted: to multiply by it would be one more pass over v.
+            return seminormal.augmented(self.f._replace(down=None), gram, f, g)[:2]
+
+        def nothing():
+            return jnp.zeros_like(f), self.f.zeros(f, rows=False)
+
+        # A branch that is not taken costs passes over v, and saves passes over T.
+        few = f.shape[-1] < self.r.shape[-1]
+        by_products = cond(any_of(accepted), products, nothing, self.f.t, f) if few else products()
 
         def otherwise():
             return jax.tree.map(partial(pick, accepted), by_products, self._by_factors(f, g))
@@ -590,7 +599,9 @@ def _truncated(driver: str, factors: Factors) -> Problem:
         constants = w, mm(e, j), e, jnp.where(both, inverse, 0), jnp.where(both, b_inverse, 0)
         basis, oblique = pivoted_basis(data, weights, *lax.stop_gradient(constants))
     # Turned, R has the kept part in its first rows, and u is the identity there.
-    outer = (flat(left), small) if wide else (q_of_f, small, None if turned else left)
+    outer: Any = (q_of_f, small, None if turned else left)
+    if wide:
+        outer = (flat(left), small, None)
     f = data._replace(e=oblique)
     return Problem(FullRank(f, *outer, kept=kept, weights=weights, ridge=ridge, gram=gram), basis)
 

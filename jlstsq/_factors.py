@@ -32,7 +32,7 @@ from ._numerics import (
     where_matrix,
 )
 from ._operator import Operator
-from ._reduce import cholesky, householder, orthonormal, split, squared_residuals, triangle
+from ._reduce import cholesky, householder, orthonormal, project, squared_residuals, triangle
 from ._scaling import column_scales, scale_columns
 
 
@@ -69,13 +69,16 @@ def _factorise(
     b_size, b_finite = column_scales(b)
     b = scale_columns(b, b_size[1], b_finite)
 
-    def decided(q, r, c, v, down, proven):
-        """From Q if there is one, R, Q^H b and (I - Q Q^H) b, of T scaled by `down`."""
+    def decided(q, r, c, v, tail, down, proven):
+        """From Q if there is one, R, Q^H b, (I - Q Q^H) b if it is there, and its square; of `down` T."""
         q, turned, decision, y = cut(driver, adjoint, q, r, rcond, finite, proven, c)
         if adjoint:
             # T y is as accurate as Q (Paige 1973).
             return q, turned, decision, (Operator(t, down).times(y), -y, None)
-        rho = squared_residuals(scaled(t, down), b, r, c, abs2(v).sum(-2), y)
+        rho = squared_residuals(scaled(t, down), b, r, c, tail, y)
+        if keep and v is None:
+            # With the error of y, and so has what a derivative multiplies it with.
+            v = b - Operator(t, down).times(y)
         return q, turned, decision, (v if keep else None, y, rho)
 
     if not _by_gram(t):
@@ -83,7 +86,7 @@ def _factorise(
         up, down = power_of_two(largest)
         q, r = orthonormal(scaled(t, down))
         c, v = (b, b) if adjoint else householder.apart(transposed(q, r).mT, b)
-        q, r, decision, solution = decided(q, r, c, v, down, jnp.zeros_like(finite))
+        q, r, decision, solution = decided(q, r, c, v, abs2(v).sum(-2), down, jnp.zeros_like(finite))
         return Factored(q, r, decision, None, up, down, finite, b_size, b_finite, solution)
 
     gram = cholesky.factor(t, rows_apart=adjoint)
@@ -117,10 +120,13 @@ def _factorise(
         size = jnp.where(accepted, 1, largest_entry(t, (-2, -1))[0])
         up, down = power_of_two(size)
         threshold = None if driver == "gels" else rcond
-        r, c, v = (triangle(t, down, threshold), b, b) if adjoint else split(t, b, down, threshold)
+        if adjoint:
+            r, c, tail = triangle(t, down, threshold), b, b
+        else:
+            r, c, tail = project(t, b, down, threshold)
         # Not used there but to compute with.
         r = where_matrix(accepted, inverse, r)
-        _, r, decision, careful_solution = decided(None, r, c, v, down, accepted)
+        _, r, decision, careful_solution = decided(None, r, c, None, tail, down, accepted)
         return r, decision, up, down, jax.tree.map(partial(pick, accepted), solution, careful_solution)
 
     r, decision, up, down, solution = cond(accepted.all(), fast, careful, t, rcond, b)

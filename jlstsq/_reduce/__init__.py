@@ -1,7 +1,6 @@
 """Reduce: the tall T = Q R, the only step that touches m x n data.
 
-`triangle` gives R alone, `project` and `split` R and what a right-hand side needs of Q, `orthonormal` Q
-itself.
+`triangle` gives R alone, `project` R and what a right-hand side needs of Q, `orthonormal` Q itself.
 This module chooses how: by products where T is very tall and they are proven stable, else Householder.
 """
 
@@ -41,17 +40,6 @@ def project(
 
 def _with_norms(r: jax.Array, c: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return r, c, abs2(v).sum(-2)
-
-
-def split(
-    t: jax.Array, b: jax.Array, down: jax.Array, rcond: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """R, Q^H b and (I - Q Q^H) b; as `project`."""
-
-    def by_householder():
-        return householder.split(scaled(t, down), b)
-
-    return _by_sketch(t, down, rcond, lambda z: sketch.split(z, b), by_householder, b)
 
 
 def triangle(t: jax.Array, down: jax.Array | None = None, rcond: jax.Array | None = None) -> jax.Array:
