@@ -308,7 +308,7 @@ def _augmented(problem: FullRank, f: jax.Array, g: jax.Array, residual: Any) -> 
 def solved(problem: FullRank, f: jax.Array, g: jax.Array, v: jax.Array, y: jax.Array):
     """(v, y), found before, as the solution of `augmented`: to solve once more for its derivative is waste.
 
-    Without weights and ridge, and for F = T. And where g = 0, the squared residuals |v|^2.
+    Without weights and ridge. And where g = 0, the squared residuals |v|^2.
     """
     return v, y, abs2(v).sum(-2)
 
@@ -321,8 +321,12 @@ def _solved_rule(primals, tangents):
     f_dot, g_dot = (
         jnp.zeros_like(a) if isinstance(a_dot, still) else a_dot for a, a_dot in ((f, f_dot), (g, g_dot))
     )
-    if not isinstance(problem_dot.f.t, still):
-        moved = Operator(problem_dot.f.t, problem.f.down)
+    t, down, e = problem.f
+    t_dot, _, e_dot = problem_dot.f
+    moves = [] if isinstance(t_dot, still) else [Operator(t_dot, down, e)]
+    if e is not None and not isinstance(e_dot, still):
+        moves.append(Operator(t, down, e_dot))
+    for moved in moves:  # F' = T' E + T E'
         # -y: to negate what comes back for T' y would be one more pass over it.
         f_dot, g_dot = f_dot + moved.times(-y), g_dot - moved.adjoint_times(v)
     # rho' of section 4 with D = 0, from the f' - T' y that is there: one product less with every v.
@@ -603,7 +607,8 @@ def _truncated(driver: str, factors: Factors) -> Problem:
     if wide:
         outer = (flat(left), small, None)
     f = data._replace(e=oblique)
-    return Problem(FullRank(f, *outer, kept=kept, weights=weights, ridge=ridge, gram=gram), basis)
+    full_rank = FullRank(f, *outer, kept=kept, weights=weights, ridge=ridge, gram=gram)
+    return Problem(full_rank, basis, factors.solved if turned else None)
 
 
 def with_problem(
@@ -640,19 +645,24 @@ def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool, *scaling: 
 
     def apply(problem: Problem, b: jax.Array, *scaling):
         b = scale_columns(b, *scaling) if scaling else b
-        full_rank, w, _ = problem
+        full_rank, w, found = problem
         weights, f = full_rank.weights, full_rank.f
         zero = f.zeros(b, rows=adjoint)
-        if problem.solved is not None:
-            v, y, _ = problem.solved
+        # Truncated, the adjoint problem's y is not known.
+        if found is not None and (w is None or not adjoint):
+            v, y, _ = found
+            if w is not None:
+                v, y = None, lax.stop_gradient(mm(H(w), y))
             if v is None:
                 v = lax.stop_gradient(b - f.times(y))
             v, y, rho = solved(full_rank, *((zero, b) if adjoint else (b, zero)), v, y)
-            return (v, None) if adjoint else (y, rho)
-        if adjoint:
+            if w is None:
+                return (v, None) if adjoint else (y, rho)
+        elif adjoint:
             v, _ = augmented(full_rank, zero, b if w is None else mm(H(w), b))
             return weigh(weights, v), None
-        v, y = augmented(full_rank, b, zero)
+        else:
+            v, y = augmented(full_rank, b, zero)
         x = y if w is None else mm(w, y)
         # D x is zero for the SVD, but not its derivative.
         d_v = None

@@ -39,7 +39,8 @@ def test_float32(driver, shape):
     assert (np.linalg.norm(x - expected, axis=-1) <= bound).all()
 
 
-@pytest.mark.parametrize("columns", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [2, 3])
 def test_long_sums(columns):
     """A million positive terms in single precision: a plain running sum is wrong by 1e-4."""
     rng = np.random.default_rng(4)
@@ -107,10 +108,10 @@ def test_memory(shape, driver, x64):
 
     if len(shape) == 2:
         assert size(partial(lstsq, driver=driver)) < (2.5 if driver in ("gels", "gelsy") else 3.5)
-    # The factors that a gradient starts from: Q, two copies on the way to it, and where it is truncated.
+    # Z = A R^-1 lies where the gradient will; singular values add what becomes of U.
     for every in (False, True):
         gradient = jax.value_and_grad(partial(loss, every=every), (0, 1))
-        assert size(gradient) < (2.5 if driver == "gels" else 4 if every else 3.5)
+        assert size(gradient) < (2.5 if driver == "gelsd" and every else 1.5)
 
 
 @pytest.mark.cpu
@@ -273,9 +274,10 @@ def test_bad_values_in_large_arrays(driver, shape, bad, x64):
                 assert np.array_equal(x[others], z[others])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
-    [(10000, 4, 4), *(pytest.param((300, m, 100), marks=pytest.mark.slow) for m in (100, 130))],
+    [(10000, 4, 4), (300, 100, 100), (300, 130, 100)],
     ids=str,
 )
 def test_singular_matrices_in_large_batches(shape, x64):

@@ -129,9 +129,10 @@ def test_double_sums_under_vmap(shape, dtype):
     np.testing.assert_allclose(batched, exact, atol=1e-3 * np.asarray(abs(exact)).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((4, 40, 10), np.complex64), pytest.param((4000, 80), np.float32, marks=pytest.mark.slow)],
+    [((4, 40, 10), np.complex64), ((4000, 80), np.float32)],
     ids=str,
 )
 def test_double_sums_trace_anywhere(shape, dtype):
