@@ -91,6 +91,7 @@ from ._numerics import (
     abs2,
     any_of,
     cond,
+    cond_on_cpu,
     flat,
     identity_like,
     many_terms,
@@ -214,7 +215,8 @@ class FullRank(NamedTuple):
 
         # A branch that is not taken costs passes over v, and saves passes over T.
         few = f.shape[-1] < self.r.shape[-1]
-        by_products = cond(any_of(accepted), products, nothing, self.f.t, f) if few else products()
+        needed = any_of(accepted)
+        by_products = cond_on_cpu(needed, products, nothing, self.f.t, f) if few else products()
 
         def otherwise():
             return jax.tree.map(partial(pick, accepted), by_products, self._by_factors(f, g))
@@ -296,8 +298,8 @@ def _augmented(problem: FullRank, f: jax.Array, g: jax.Array, residual: Any) -> 
         f, g, *rho = jax.tree.map(jnp.conj, rhs)
         v, y = constant.transpose_solve(f, g)
         if rho:
-            used = (rho[0] != 0).any()
-            v = cond(used, lambda: v + 2 * rho[0][..., None, :] * known, lambda: v, v, rho, known)
+            used = any_of(rho[0] != 0)
+            v = cond_on_cpu(used, lambda: v + 2 * rho[0][..., None, :] * known, lambda: v, v, rho, known)
         return *jax.tree.map(jnp.conj, (v, y)), *rho
 
     none = () if residual is None else (jnp.zeros((*f.shape[:-2], f.shape[-1]), real_dtype(f.dtype)),)

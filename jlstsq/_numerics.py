@@ -220,6 +220,13 @@ def cond(predicate: jax.Array, true: Callable, false: Callable, *data: Any) -> A
     return lax.cond(predicate, lambda: varying(true(), data), lambda: varying(false(), data))
 
 
+def cond_on_cpu(predicate: jax.Array, work: Callable, nothing: Callable, *data: Any) -> Any:
+    """`work` where it is needed. Elsewhere than on CPU always: a branch costs as much as a pass over data."""
+    return lax.platform_dependent(
+        cpu=lambda: cond(predicate, work, nothing, *data), default=lambda: varying(work(), data)
+    )
+
+
 def native_batch(
     fun: Callable,
     matrices: int,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._numerics import abs2, cond, double_precision, in_double, native_batch, real_dtype, varying
+from .._numerics import abs2, cond_on_cpu, double_precision, in_double, native_batch, real_dtype, varying
 from .._operator import Operator
 from .._reduce.cholesky import Gram
 
@@ -89,11 +89,7 @@ def _solve(
         """The same for v = f. A derivative's f is most often zero: to look costs less than the product."""
         if f is None or g is None:
             return rest(f)
-
-        def looked(f):
-            return cond((f != 0).any(), lambda: rest(f), lambda: rest(None), f, g)
-
-        return lax.platform_dependent(f, cpu=looked, default=rest)
+        return cond_on_cpu((f != 0).any(), lambda: rest(f), lambda: rest(None), f, g)
 
     sides = [a for a in (f, g) if a is not None]
     theta = gram.contraction[..., None].astype(real_dtype(sides[0].dtype))

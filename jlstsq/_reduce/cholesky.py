@@ -30,6 +30,7 @@ from .._norms import frobenius, inverse_norm_bound, norm2_bound
 from .._numerics import (
     H,
     cond,
+    cond_on_cpu,
     double_precision,
     identity_like,
     in_double,
@@ -121,19 +122,13 @@ def in_range(m: int, squares: jax.Array) -> jax.Array:
 
 
 def finite(t: jax.Array, squares: jax.Array) -> jax.Array:
-    """Where T is finite. Column norms that are not mean NaN, Inf or an overflow: that costs a pass over T.
-
-    Elsewhere than on CPU a branch costs as much as the pass.
-    """
+    """Where T is finite. Column norms that are not mean NaN, Inf or an overflow: that costs a pass over T."""
     known = jnp.isfinite(squares).all(-1)
 
-    def looked_for(t):
+    def looked_for():
         return known | largest_entry(t, (-2, -1))[1]
 
-    def where_needed(t):
-        return cond(known.all(), lambda: jnp.ones_like(known), lambda: looked_for(t), t)
-
-    return lax.platform_dependent(t, cpu=where_needed, default=looked_for)
+    return cond_on_cpu(~known.all(), looked_for, lambda: jnp.ones_like(known), t)
 
 
 def _block(m: int) -> int:
@@ -315,7 +310,7 @@ def orthonormal_basis(f: jax.Array, r: jax.Array) -> Basis:
     # Row after row, as XLA multiplies and LAPACK solves F^H; else XLA on CPU copies both to and fro.
     f = lax.optimization_barrier(f)
     z = H(triangular_solve(r, H(f), adjoint=True))
-    z = lax.optimization_barrier(z.reshape(*z.shape[:-2], -1)).reshape(z.shape)
+    z = lax.optimization_barrier(z.reshape(*z.shape[:-2], z.shape[-2] * z.shape[-1])).reshape(z.shape)
     return Basis(z, _next_to_identity(product(z)))
 
 
