@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._blocks import in_blocks
-from ._numerics import any_of, cond, varying
+from ._numerics import any_of, cond, cond_on_cpu, varying
 
 
 def _moves(primals: Any, tangents: Any) -> tuple[list[int], list]:
@@ -66,6 +66,34 @@ def linear_solve(matvec: Callable, b: Any, solve: Callable, transpose_solve: Cal
     So all are made to depend on each other: in b, in the solution, in the equation and its adjoint.
     """
     return _tied(lax.custom_linear_solve(lambda z: _tied(matvec(_tied(z))), _tied(b), solve, transpose_solve))
+
+
+def where_used(linear: Callable, x: Any) -> Any:
+    """`linear` of x, on CPU without the work of its adjoint where all of a cotangent is zero.
+
+    As the equation of `choose`.
+    """
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(linear, x))
+
+    def matvec(z):
+        y, x = z
+        return jax.tree.map(jnp.subtract, y, linear(x)), x
+
+    def solve(_, z):
+        y, x = z
+        return jax.tree.map(jnp.add, y, linear(x)), x
+
+    def transpose_solve(_, z):
+        y, x = z
+        used = any_of(jnp.stack([(a != 0).any() for a in jax.tree.leaves(y)]))
+
+        def adjoint():
+            (moved,) = jax.linear_transpose(linear, x)(y)
+            return jax.tree.map(jnp.add, x, moved)
+
+        return y, cond_on_cpu(used, adjoint, lambda: x, z)
+
+    return linear_solve(matvec, (zeros, x), solve, transpose_solve)[0]
 
 
 def choose(

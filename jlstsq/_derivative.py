@@ -82,7 +82,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _library as library
-from ._autodiff import choose, linear_solve
+from ._autodiff import choose, linear_solve, where_used
 from ._decompose import Cut, Decision, expand
 from ._fast import seminormal
 from ._library import eigh, qr, triangular_solve
@@ -299,7 +299,11 @@ def _augmented(problem: FullRank, f: jax.Array, g: jax.Array, residual: Any) -> 
         v, y = constant.transpose_solve(f, g)
         if rho:
             used = any_of(rho[0] != 0)
-            v = cond_on_cpu(used, lambda: v + 2 * rho[0][..., None, :] * known, lambda: v, v, rho, known)
+
+            def add():
+                return v + 2 * rho[0][..., None, :].astype(v.dtype) * known
+
+            v = cond_on_cpu(used, add, lambda: v, v, rho, known)
         return *jax.tree.map(jnp.conj, (v, y)), *rho
 
     none = () if residual is None else (jnp.zeros((*f.shape[:-2], f.shape[-1]), real_dtype(f.dtype)),)
@@ -460,26 +464,33 @@ def _range_basis_rule(primals, tangents):
 
 
 @jax.custom_jvp
-def squared_residual(t, f, x, v, d_v, weights=None, ridge=None):
-    """r^H W r for the columns of v = f - T x, T an `Operator`.
+def squared_residual(f, b, x, v, w, weights=None, ridge=None):
+    """r^H W r for the columns of v = b - T x, F = T E an `Operator`; w and E None: nothing is dropped.
 
-    T^H W v = ridge x + d_v, d_v = D^H W v (None: zero).
+    T^H W v = ridge x + D^H W v.
     """
     return weigh(weights, abs2(v)).sum(-2)
 
 
 @squared_residual.defjvp
 def _squared_residual_rule(primals, tangents):
-    t, _, x, v, d_v, weights, ridge = primals
-    t_dot, f_dot, x_dot, _, _, weights_dot, _ = tangents
-    t_dot = t_dot._replace(down=t.down)
+    f, _, x, v, w, weights, ridge = primals
+    f_dot, b_dot, x_dot, _, _, weights_dot, _ = tangents
+    t_dot = f_dot._replace(down=f.down, e=None)
     weighted = weigh(weights, v)
-    inner = (weighted.conj() * (f_dot - t_dot.times(x))).sum(-2)
-    if d_v is not None:
-        inner = inner - (d_v.conj() * x_dot).sum(-2)
+    inner = (weighted.conj() * (b_dot - t_dot.times(x))).sum(-2)
     if ridge is not None:
         inner = inner - ridge[..., None].astype(x.dtype) * (x.conj() * x_dot).sum(-2)
     out = 2 * inner.real
+    if w is not None:
+
+        def along_dropped(x_dot):
+            """Re (D^H W v)^H x'."""
+            t_v = f._replace(e=None).adjoint_times(weighted)
+            d_v = t_v - mm(w, mm(H(f.e), t_v))
+            return (d_v.conj() * x_dot).real.sum(-2)
+
+        out = out - 2 * where_used(along_dropped, x_dot)
     if weights is not None:
         out = out + weigh(weights_dot, abs2(v)).sum(-2)
     return squared_residual(*primals), out
@@ -531,11 +542,6 @@ class Problem(NamedTuple):
     def dropped(self, x: jax.Array) -> jax.Array:
         """D x = T (x - E w^H x)."""
         return self.t.times(x - mm(self.oblique, mm(H(self.w), x)))
-
-    def dropped_adjoint(self, v: jax.Array) -> jax.Array:
-        """D^H v."""
-        d_v = self.t.adjoint_times(v)
-        return d_v - mm(self.w, mm(H(self.oblique), d_v))
 
 
 def _full(factors: Factors) -> Problem:
@@ -666,12 +672,12 @@ def solve(driver: str, factors: Factors, b: jax.Array, adjoint: bool, *scaling: 
         else:
             v, y = augmented(full_rank, b, zero)
         x = y if w is None else mm(w, y)
-        # D x is zero for the SVD, but not its derivative.
-        d_v = None
+        if wide:
+            return x, None
         if w is not None:
+            # D x is zero for the SVD, but not its derivative.
             v = v - problem.dropped(x)
-            d_v = None if wide else problem.dropped_adjoint(weigh(weights, v))
-        return x, None if wide else squared_residual(problem.t, b, x, v, d_v, weights, full_rank.ridge)
+        return x, squared_residual(f, b, x, v, w, weights, full_rank.ridge)
 
     known = None
     if factors.solved is not None:

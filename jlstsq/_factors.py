@@ -105,16 +105,20 @@ def _factorise(
     gram = gram._replace(
         inverse=inverse, triangle=gram_r, inverse_low=low, triangle_low=r_low, accepted=accepted
     )
-    if keep:
-        v, y, _ = seminormal.augmented(Operator(t), gram, *((None, b) if adjoint else (b, None)))
-        rho = None if adjoint else abs2(v).sum(-2)
-    else:
-        v, (y, _, rho, _) = None, seminormal.least_squares(Operator(t), gram, b)
-    solution = v, y, rho
     one = jnp.ones(accepted.shape, gram.squares.dtype)
 
+    def by_products():
+        if keep:
+            v, y, _ = seminormal.augmented(Operator(t), gram, *((None, b) if adjoint else (b, None)))
+            return v, y, None if adjoint else abs2(v).sum(-2)
+        y, _, rho, _ = seminormal.least_squares(Operator(t), gram, b)
+        return None, y, rho
+
+    # A single matrix has no neighbours: where it is not accepted this is not needed.
+    solution = by_products() if t.ndim > 2 else None
+
     def fast():
-        return inverse, uncut(driver, inverse), one, one, solution
+        return inverse, uncut(driver, inverse), one, one, solution or by_products()
 
     def careful():
         size = jnp.where(accepted, 1, largest_entry(t, (-2, -1))[0])
@@ -127,7 +131,9 @@ def _factorise(
         # Not used there but to compute with.
         r = where_matrix(accepted, inverse, r)
         _, r, decision, careful_solution = decided(None, r, c, None, tail, down, accepted)
-        return r, decision, up, down, jax.tree.map(partial(pick, accepted), solution, careful_solution)
+        if solution is not None:
+            careful_solution = jax.tree.map(partial(pick, accepted), solution, careful_solution)
+        return r, decision, up, down, careful_solution
 
     r, decision, up, down, solution = cond(accepted.all(), fast, careful, t, rcond, b)
     return Factored(None, r, decision, gram, up, down, finite, b_size, b_finite, solution)
