@@ -67,8 +67,8 @@ differentiates the equations, to any order and in any mode.
 
 The system of 1 is solved with the factors, or by products with T and the Cholesky factor of its Gram
 matrix, where a bound proves that its corrections converge (`_fast.seminormal`); the equations that are
-differentiated are the same. Where nothing is truncated its solution comes with the factors
-(`_factors`, `solved`), and only derivatives are solved for.
+differentiated are the same. The solution comes with the factors (`_factors`, `solved`), but for a
+truncated adjoint problem, and only derivatives are solved for.
 
 Without weights and ridge everything is stated for the tall T; a wide A is T^H, its problem the adjoint.
 """

@@ -6,7 +6,7 @@ import light
 import numpy as np
 import pytest
 
-from jlstsq._autodiff import choose, linear_solve
+from jlstsq._autodiff import choose, linear_solve, where_used
 
 BRANCHES = (
     lambda a, b: (jnp.sin(a @ b).sum(), a.T @ a),
@@ -45,6 +45,26 @@ def test_every_order_and_mode(x64):
             ours(a, b, flag),
             theirs(a, b, flag),
         )
+
+
+def test_where_used(x64):
+    """Every derivative of a linear function, and its adjoint where all or some of a cotangent is zero."""
+    rng = np.random.default_rng(3)
+    a, x = rng.standard_normal((4, 3)), rng.standard_normal(3)
+
+    def hessian(of):
+        def scalar(a, x):
+            return (of(lambda x: jnp.sin(a) @ x, x) ** 2).sum() * x.sum()
+
+        return jax.jit(jax.jacrev(jax.grad(scalar, (0, 1)), (0, 1)))(a, x)
+
+    ours, theirs = hessian(where_used), hessian(lambda linear, x: linear(x))
+    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=1e-12, atol=1e-13), ours, theirs)
+    y, adjoint = jax.vjp(lambda x: where_used(lambda x: a @ x, x), x)
+    np.testing.assert_allclose(y, a @ x, rtol=1e-14)
+    cotangents = np.array([[0.0, 0, 0, 0], [0, 0, 2, 0]])
+    np.testing.assert_array_equal(jax.vmap(adjoint)(cotangents)[0], cotangents @ a)
+    np.testing.assert_array_equal(adjoint(jnp.zeros(4))[0], np.zeros(3))
 
 
 def test_only_some_arguments_move(x64):
