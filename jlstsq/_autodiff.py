@@ -68,12 +68,17 @@ def linear_solve(matvec: Callable, b: Any, solve: Callable, transpose_solve: Cal
     return _tied(lax.custom_linear_solve(lambda z: _tied(matvec(_tied(z))), _tied(b), solve, transpose_solve))
 
 
-def where_used(linear: Callable, x: Any) -> Any:
-    """`linear` of x, on CPU without the work of its adjoint where all of a cotangent is zero.
+def _with_adjoint(zeros: Any, x: Any, linear: Callable, evaluate: Callable, adjoint: Callable) -> tuple:
+    """(linear(x), x), whose value `evaluate` finds; `adjoint(y, x)` is x plus the adjoint of y.
 
-    As the equation of `choose`.
+    y = L x is one linear equation with the unknowns (y, x),
+
+        [ I  -L ] [ y ]   [ 0 ]
+        [ 0   I ] [ x ] = [ x ],
+
+    whose solution and adjoint solution evaluate L and L^T, when they are needed. Derivatives of higher order
+    are those of the equation.
     """
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(linear, x))
 
     def matvec(z):
         y, x = z
@@ -81,19 +86,31 @@ def where_used(linear: Callable, x: Any) -> Any:
 
     def solve(_, z):
         y, x = z
-        return jax.tree.map(jnp.add, y, linear(x)), x
+        return jax.tree.map(jnp.add, y, evaluate(x)), x
 
     def transpose_solve(_, z):
-        y, x = z
+        return z[0], adjoint(*z)
+
+    return linear_solve(matvec, (zeros, x), solve, transpose_solve)
+
+
+def where_used(linear: Callable, x: Any) -> tuple:
+    """(linear(x), x), on CPU without the work of the adjoint where all of the first one's cotangent is zero.
+
+    The x that is returned, used in the place of x, carries the cotangent that this one is added to.
+    """
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(linear, x))
+
+    def adjoint(y, to):
         used = any_of(jnp.stack([(a != 0).any() for a in jax.tree.leaves(y)]))
 
-        def adjoint():
-            (moved,) = jax.linear_transpose(linear, x)(y)
-            return jax.tree.map(jnp.add, x, moved)
+        def added():
+            (moved,) = jax.linear_transpose(linear, to)(y)
+            return jax.tree.map(jnp.add, to, moved)
 
-        return y, cond_on_cpu(used, adjoint, lambda: x, z)
+        return cond_on_cpu(used, added, lambda: to, y, to)
 
-    return linear_solve(matvec, (zeros, x), solve, transpose_solve)[0]
+    return _with_adjoint(zeros, x, linear, linear, adjoint)
 
 
 def choose(
@@ -101,19 +118,13 @@ def choose(
 ) -> Any:
     """`rare` of the operands where a flag of the batch is set, else `common`, both differentiable.
 
-    Without a rare one it is `common`. Where the value is `known` only its derivatives are computed.
+        Without a rare one it is `common`. Where the value is `known` only its derivatives are computed.
 
-    The operands have the batch dimensions `flags` (*batch) has. On CPU a large batch goes block by
-    block, and each block takes its own branch. The derivative keeps the operands and nothing else:
-    reverse mode through `lax.cond` saves what any branch may need, zeros for those not taken, here
-    several arrays of A's size. Instead the tangent y' = L x' is one linear equation with the unknowns
-    (y', x'),
-
-        [ I  -L ] [ y' ]   [ 0  ]
-        [ 0   I ] [ x' ] = [ x' ],
-
-    whose solution and adjoint solution evaluate the branch that is taken, forwards or backwards, when
-    they are needed. Derivatives of higher order are those of the equation.
+        The operands have the batch dimensions `flags` (*batch) has. On CPU a large batch goes block by
+        block, and each block takes its own branch. The derivative keeps the operands and nothing else:
+        reverse mode through `lax.cond` saves what any branch may need, zeros for those not taken, here
+    several arrays of A's size. Instead the tangent y' = L x' is the solution of an equation
+    (`_with_adjoint`), which evaluates the branch that is taken, forwards or backwards.
     """
     # Inside shard_map all of one type: an operand that does not vary has its derivative summed outside.
     flags, operands = varying((flags, operands))
@@ -180,20 +191,14 @@ def _choose_rule(branches, primals, tangents):
     out = _choose(branches, flags, operands, known)
     rhs = jax.tree.map(jnp.zeros_like, out), moves
 
-    def matvec(z):
-        y, x = z
-        return jax.tree.map(jnp.subtract, y, _branch(flags, pushes, (operands, x))), x
+    def pushed(branch, x):
+        return branch(flags, pushes, (operands, x))
 
-    def solve(_, z):
-        y, x = z
-        return jax.tree.map(jnp.add, y, _branch_in_blocks(flags, pushes, (operands, x))), x
-
-    def transpose_solve(_, z):
-        y, x = z
+    def pulled(y, x):
         moved = _branch_in_blocks(flags, pulls, (operands, varying(y, operands)))
-        return y, jax.tree.map(jnp.add, x, moved)
+        return jax.tree.map(jnp.add, x, moved)
 
-    return out, linear_solve(matvec, rhs, solve, transpose_solve)[0]
+    return out, _with_adjoint(*rhs, partial(pushed, _branch), partial(pushed, _branch_in_blocks), pulled)[0]
 
 
 _choose.defjvp(_choose_rule, symbolic_zeros=True)

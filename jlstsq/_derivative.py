@@ -97,7 +97,6 @@ from ._numerics import (
     many_terms,
     mm,
     pick,
-    real_dtype,
     scaled,
     transposed,
     varying,
@@ -269,45 +268,20 @@ def augmented(problem: FullRank, f: jax.Array, g: jax.Array) -> tuple[jax.Array,
 
     In F, W, ridge, f and g.
     """
-    v, y = _augmented(problem, f, g, None)
-    return v, y
-
-
-def _augmented(problem: FullRank, f: jax.Array, g: jax.Array, residual: Any) -> tuple[jax.Array, ...]:
-    """`augmented`, and with a `residual` 2 Re residual^H f by columns as well.
-
-    As one more row of the equation its adjoint costs little where that is not used.
-    """
     constant = problem.constants()
-    known = lax.stop_gradient(residual)
 
-    def inner(r, f):
-        return 2 * (r.conj() * f).real.sum(-2)
-
-    def matvec(z):
-        v, y, *rho = z
-        first = v + problem.f.times(y)
+    def matvec(vy):
+        v, y = vy
         second = problem.f.adjoint_times(weigh(problem.weights, v)) - problem.second(y)
-        return first, second, *(a - inner(residual, first) for a in rho)
+        return v + problem.f.times(y), second
 
-    def solve(_, rhs):
-        f, g, *rho = rhs
-        return *constant.solve(f, g), *(a + inner(known, f) for a in rho)
+    def solve(_, fg):
+        return constant.solve(*fg)
 
-    def transpose_solve(_, rhs):
-        f, g, *rho = jax.tree.map(jnp.conj, rhs)
-        v, y = constant.transpose_solve(f, g)
-        if rho:
-            used = any_of(rho[0] != 0)
+    def transpose_solve(_, fg):
+        return jax.tree.map(jnp.conj, constant.transpose_solve(*jax.tree.map(jnp.conj, fg)))
 
-            def add():
-                return v + 2 * rho[0][..., None, :].astype(v.dtype) * known
-
-            v = cond_on_cpu(used, add, lambda: v, v, rho, known)
-        return *jax.tree.map(jnp.conj, (v, y)), *rho
-
-    none = () if residual is None else (jnp.zeros((*f.shape[:-2], f.shape[-1]), real_dtype(f.dtype)),)
-    return linear_solve(matvec, (f, g, *none), solve, transpose_solve)
+    return linear_solve(matvec, (f, g), solve, transpose_solve)
 
 
 @jax.custom_jvp
@@ -336,8 +310,8 @@ def _solved_rule(primals, tangents):
         # -y: to negate what comes back for T' y would be one more pass over it.
         f_dot, g_dot = f_dot + moved.times(-y), g_dot - moved.adjoint_times(v)
     # rho' of section 4 with D = 0, from the f' - T' y that is there: one product less with every v.
-    v_dot, y_dot, rho_dot = _augmented(problem, f_dot, g_dot, v)
-    return (v, y, rho), (v_dot, y_dot, rho_dot)
+    rho_dot, f_dot = where_used(lambda f_dot: 2 * (v.conj() * f_dot).real.sum(-2), f_dot)
+    return (v, y, rho), (*augmented(problem, f_dot, g_dot), rho_dot)
 
 
 solved.defjvp(_solved_rule, symbolic_zeros=True)
@@ -490,7 +464,7 @@ def _squared_residual_rule(primals, tangents):
             d_v = t_v - mm(w, mm(H(f.e), t_v))
             return (d_v.conj() * x_dot).real.sum(-2)
 
-        out = out - 2 * where_used(along_dropped, x_dot)
+        out = out - 2 * where_used(along_dropped, x_dot)[0]
     if weights is not None:
         out = out + weigh(weights_dot, abs2(v)).sum(-2)
     return squared_residual(*primals), out

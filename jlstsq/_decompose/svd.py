@@ -31,10 +31,14 @@ def solve(
     """R_k^+ c, the rank of R_k and all singular values; adjoint: y with R y = R_k^+H c = U_k s^-1 V_k^H c."""
     u, s, v = factors(r, driver)
     kept = _kept(s, rcond)
-    inverse = jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)[..., None].astype(v.dtype)
-    if adjoint:  # R v = s u
-        return mm(v, inverse * (inverse * mm(H(v), c))), kept.sum(-1), s
-    return mm(v, inverse * mm(H(u), c)), kept.sum(-1), s
+    return _solution(s, v, kept, mm(H(v if adjoint else u), c), adjoint), kept.sum(-1), s
+
+
+def _solution(s: jax.Array, v: jax.Array, kept: jax.Array, d: jax.Array, adjoint: bool) -> jax.Array:
+    """What `solve` returns first, from d = U^H c, or for the adjoint V^H c, since R v = s u."""
+    some = kept & (s > 0)
+    inverse = jnp.where(some, 1 / jnp.where(some, s, 1), 0)[..., None].astype(v.dtype)
+    return mm(v, inverse * (inverse * d if adjoint else d))
 
 
 def decompose(r: jax.Array, rcond: jax.Array, driver: str) -> Kept:
@@ -77,13 +81,8 @@ def decide(
         left, s, rows = turned(r, rides)
     mask = _kept(s, rcond)
     size, v = _rows(rows)
-    some = mask & (size > 0)
-    inverse = jnp.where(some, 1 / jnp.where(some, size, 1), 0)[..., None].astype(v.dtype)
-    if adjoint:
-        y = mm(v, inverse * (inverse * mm(H(v), c)))
-    else:
-        y = mm(v, inverse * (mm(H(left), c) if turn else H(left)))
-    return left if turn else None, rows, y, mask
+    d = mm(H(v), c) if adjoint else mm(H(left), c) if turn else H(left)
+    return left if turn else None, rows, _solution(size, v, mask, d, adjoint), mask
 
 
 def _rows(r: jax.Array) -> tuple[jax.Array, jax.Array]:
