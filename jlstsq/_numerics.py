@@ -136,7 +136,9 @@ def indices(a: jax.Array) -> jax.Array:
 def inverse_permutation(perm: jax.Array) -> jax.Array:
     """The inverse of permutations (*batch, p) of few numbers: comparing all is faster than to sort."""
     index = indices(perm)
-    return jnp.where(perm[..., None, :] == index[..., :, None], index[..., None, :], 0).sum(-1)
+    return jnp.where(perm[..., None, :] == index[..., :, None], index[..., None, :], 0).sum(
+        -1, dtype=perm.dtype
+    )
 
 
 def where_matrix(condition: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -27,7 +27,11 @@ def matrix(rng, p, kind):
 
 
 @pytest.mark.parametrize("kind", ["deficient", "graded", "repeated", "scaled", "complex", "zero"])
-@pytest.mark.parametrize(("p", "factor"), [(20, pivoted_qr), (50, pivoted_at_once)], ids=["loop", "at once"])
+@pytest.mark.parametrize(
+    ("p", "factor"),
+    [(20, pivoted_qr), (50, pivoted_qr), (50, pivoted_at_once)],
+    ids=["one panel", "two panels", "at once"],
+)
 def test_pivoted_qr(p, factor, kind, precision):
     rng = np.random.default_rng(4)
     a = np.stack([matrix(rng, p, kind) for _ in range(3)])
@@ -57,6 +61,33 @@ def test_pivoted_qr(p, factor, kind, precision):
         floor = 100 * p * eps * s[0]
         assert (diagonal <= 10 * s + floor).all()
         assert (s <= 30 * diagonal + floor).all()
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("p", [30, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.complex128])
+def test_pivots_of_a_slope(p, kind, x64):
+    """To nearly rounding errors, in several stages, the pivots are LAPACK's; what is below `stop` is left."""
+    rng = np.random.default_rng(3)
+    depth = 5 if kind is np.float32 else 13
+    spectra = [np.logspace(0, -depth, p), np.logspace(-2, -2 - depth / 2, p)]
+    r = np.stack([np.linalg.qr(problems.with_spectrum(rng, p, p, s))[1] for s in spectra])
+    if kind is np.complex128:
+        r = np.linalg.qr(r + 1j * np.roll(r, 1, axis=-1))[1]
+    r, stop = r.astype(kind), np.array([10.0 ** (1 - depth), 1e-9])
+    c = rng.standard_normal((2, p, 1)).astype(kind)
+    rp, uh_c, perm = (np.asarray(x) for x in jax.jit(pivoted_qr)(r, c, stop.astype(r.real.dtype)))
+    for i in range(2):
+        theirs = scipy.linalg.qr(r[i].astype(np.complex128), mode="r", pivoting=True)
+        kept = abs(np.diag(theirs[0])) > 2 * stop[i]
+        rank = kept.sum()
+        assert rank > p / 3
+        assert (perm[i] == theirs[1])[:rank].all()
+        assert (np.linalg.norm(rp[i][rank:, rank:], axis=0) <= 2.01 * stop[i]).all()
+        # Rp^H [Rp, U^H c] = P^T R^H [R P, c]
+        expected = r[i][:, perm[i]].conj().T @ np.concatenate([r[i][:, perm[i]], c[i]], axis=1)
+        found = rp[i].conj().T @ np.concatenate([rp[i], uh_c[i]], axis=1)
+        assert abs(found - expected).max() < 10 * p * np.finfo(kind).eps
 
 
 @pytest.mark.parametrize("gap", [10.0, 100.0, 1e6])

@@ -29,8 +29,8 @@ from .condition_estimate import estimate_rank
 from .kept import Kept
 from .pivoted_qr import pivoted_at_once, pivoted_qr
 
-# Columns, real and complex, up to which pivots one by one are as fast, for one matrix and for a batch alike.
-_FEW, _FEW_COMPLEX = 31, 8
+# Columns up to which pivots one by one are as fast, for one matrix and for a batch alike.
+_FEW = 64
 # Units of rounding, per column, that are nothing.
 _NOTHING = 10.0
 # What is dropped, relative to the last that is kept, where the pivots do not matter.
@@ -115,7 +115,7 @@ def _pivoted(r: jax.Array, rcond: jax.Array, c: jax.Array) -> tuple[jax.Array, .
         stop = rcond * largest(jnp.sqrt(abs2(r).sum(-2)))
         return decided(*pivoted_qr(r, c, stop))[0]
 
-    if p <= (_FEW_COMPLEX if jnp.iscomplexobj(r) else _FEW):
+    if p <= _FEW:
         return one_by_one()
     at_once, size = decided(*pivoted_at_once(r, c))
     rp, *_, kept = at_once

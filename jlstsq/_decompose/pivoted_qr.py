@@ -1,19 +1,5 @@
-"""Householder QR with column pivoting, R P = U Rp, of small matrices, and U^H C for what rides along.
-
-Pivots are taken one by one, the column of largest remaining norm (Businger and Golub
-1965), in a `lax` loop. As in LAPACK (Quintana-Orti, Sun and Bischof 1998; xLAQPS) the matrix is
-a - v f^H with a left alone, so that a step reads it once and writes none of it. Columns stay where they
-are, and are put in order at the end. Column norms are downdated, and recomputed where Drmac and
-Bujanovic's test (LAPACK Working Note 176, 2006) says that the downdate has lost its digits. The loop ends
-where no column has enough left to matter.
-
-All at once they come from a random mixture S R of the rows: Gaussian elimination of (S R)^H with partial
-pivoting chooses the column with the largest entry in one random combination of what remains, most often
-one of nearly largest norm (Melnichenko, Murray and others 2025, BQRRP). Then Rp is that of QR without
-pivoting. Its diagonal need not decrease: whoever truncates it has to look at what is dropped.
-"""
-
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +8,27 @@ from jax import lax
 from .. import _lanes as lanes
 from .._library import lu, triangle
 from .._norms import random
-from .._numerics import H, abs2, cond, indices, inverse_permutation, mm, power_of_two, reflector, varying
+from .._numerics import (
+    H,
+    abs2,
+    cond,
+    double_precision,
+    inverse_permutation,
+    largest_entry,
+    mm,
+    native_batch,
+    pick,
+    power_of_two,
+    real_dtype,
+    scaled,
+    varying,
+)
 
 Factors = tuple[jax.Array, jax.Array, jax.Array]
+Pivots = tuple[jax.Array, jax.Array]
+
+# Pivots that are found before the Gram matrix of what they leave is, of one matrix and of a batch.
+_PANEL, _BATCHED_PANEL = 128, 32
 
 
 def pivoted_at_once(a: jax.Array, c: jax.Array) -> Factors:
@@ -56,87 +60,132 @@ def pivots(a: jax.Array) -> jax.Array:
     return perm.astype(int)
 
 
-def pivoted_qr(a: jax.Array, c: jax.Array, stop: jax.Array | None = None) -> Factors:
-    """The same one by one, |diag Rp| not increasing.
+def pivoted_qr(r: jax.Array, c: jax.Array, stop: jax.Array | None = None) -> Factors:
+    """The same of a triangle R with the pivots one by one: |diag Rp| does not increase, but by rounding.
 
-    Where no column of a matrix has a norm above its `stop` (*batch) left, what is left is not made
-    triangular, but cut off below the diagonal.
+    Where no column of a matrix has a norm above its `stop` (*batch) left, the others follow in their order.
     """
-    if lanes.few(a, lanes.PIVOTED_QR) and lanes.worthwhile(c.shape):
+
+    def in_stages(r, c):
+        none = jnp.zeros(r.shape[:-2], real_dtype(r.dtype))
+        return _in_stages(r, none if stop is None else jnp.maximum(stop, none), c)
+
+    if r.ndim > 2 and lanes.worthwhile(r.shape, c.shape):
         # `stop` saves nothing there.
-        return lax.platform_dependent(
-            a, c, cpu=lanes.pivoted_qr, default=lambda a, c: _one_by_one(a, c, stop)
-        )
-    return _one_by_one(a, c, stop)
+        return lax.platform_dependent(r, c, cpu=lanes.pivoted_qr, default=in_stages)
+    return in_stages(r, c)
 
 
-def _one_by_one(a: jax.Array, c: jax.Array, stop: jax.Array | None) -> Factors:
-    *batch, p, _ = a.shape
-    flat_a, flat_c = (x.reshape(math.prod(batch), p, x.shape[-1]) if batch else x for x in (a, c))
-    limit = jnp.full(batch, -1.0, jnp.finfo(a.dtype).dtype) if stop is None else stop
-    r, c, perm = _loop(flat_a, flat_c, limit.reshape(flat_a.shape[:-2]))
-    return r.reshape(a.shape), c.reshape(*batch, *c.shape[-2:]), perm.reshape(*batch, p)
-
-
-def _loop(a: jax.Array, c: jax.Array, stop: jax.Array) -> Factors:
+def _stages(r: jax.Array, limit: jax.Array, c: jax.Array) -> Factors:
     """One matrix, or a batch: one that is done stays as it is, whatever its neighbours need."""
-    p = a.shape[-1]
-    index = jnp.arange(p)
-    tolerance = jnp.sqrt(jnp.finfo(a.dtype).eps)
-    each = jax.vmap if a.ndim == 3 else lambda fun: fun
+    p = r.shape[-1]
+    index = jnp.broadcast_to(jnp.arange(p, dtype=jnp.int32), r.shape[:-1])
 
-    def advance(going, j, a, v, f, out, c, place, norms, exact_norms):
-        """One step for one matrix; the column norms that have lost their digits as well."""
-        pivot = jnp.argmax(norms)
-        x = a[:, pivot] - mm(v, f[pivot].conj())
-        up, down = power_of_two(norms[pivot])
-        vj, tau, beta = reflector(x * down.astype(x.dtype), j)
-        vj, tau = jnp.where(going, vj, 0), jnp.where(going, tau, 0)
-        column = jnp.where(index > j, 0, jnp.where(index == j, beta * up.astype(x.dtype), x))
-        out = out.at[:, pivot].set(jnp.where(going, column, out[:, pivot]))
-        row = mm(vj.conj(), a) - mm(mm(vj.conj(), v), H(f))
-        v = v.at[:, j].set(vj)
-        f = f.at[:, j].set((jnp.conj(tau) * row).conj())
-        c = c - (jnp.conj(tau) * vj)[:, None] * mm(vj.conj(), c)[None]
-        place = place.at[pivot].set(jnp.where(going, j, place[pivot]))
+    def left(r, count):
+        """What is not triangular yet."""
+        free = index >= count[..., None]
+        return jnp.where(free[..., :, None] & free[..., None, :], r, 0)
 
+    def unfinished(r, count):
+        return (count < p) & (jnp.sqrt(abs2(left(r, count)).sum(-2)) > limit[..., None]).any(-1)
+
+    def stage(state):
+        r, c, perm, count, now = state
+        order, chosen = _pivots(left(r, count), count, limit, now)
+        both = triangle(jnp.concatenate([jnp.take_along_axis(r, order[..., None, :], axis=-1), c], axis=-1))
+        moved = both[..., :p], both[..., p:], jnp.take_along_axis(perm, order, axis=-1)
+        r, c, perm = (pick(now, x, y) for x, y in zip(moved, (r, c, perm), strict=True))
+        # One that has nothing above rounding errors left chooses none.
+        return r, c, perm, chosen, now & (chosen > count) & unfinished(r, chosen)
+
+    count = jnp.zeros(r.shape[:-2], jnp.int32)
+    state = varying((r, c, index, count, unfinished(r, count)), r, limit, c)
+    r, c, perm, *_ = lax.while_loop(lambda state: state[-1].any(), stage, state)
+    return r, c, perm.astype(int)
+
+
+def _one_batch_axis(r: jax.Array, limit: jax.Array, c: jax.Array) -> Factors:
+    batch = r.shape[:-2]
+    out = _stages(
+        *(x.reshape(math.prod(batch), *x.shape[len(batch) :]) if batch else x for x in (r, limit, c))
+    )
+    r, c, perm = (x.reshape(*batch, *x.shape[1:]) if batch else x for x in out)
+    return r, c, perm
+
+
+# Where it is vmapped, JAX would batch what is in double precision where that is off (jax 0.10.2).
+_in_stages = native_batch(_one_batch_axis, 2, (False, True, False))
+
+
+def _pivots(t: jax.Array, count: jax.Array, limit: jax.Array, now: jax.Array) -> Pivots:
+    """The order of T's columns, zero but for the last ones from `count` on, and how many of it are pivots.
+
+    Single precision on CPU: from the Gram matrix in double.
+    """
+    _, down = power_of_two(largest_entry(t, (-2, -1))[0])
+    data = scaled(t, down), count, (limit * down) ** 2, now
+
+    def double(t, count, limit, now):
+        with double_precision(t.dtype) as wide:
+            return _by_cholesky(t.astype(wide), count, limit.astype(real_dtype(wide)), now)
+
+    if jnp.finfo(t.dtype).bits == 32:
+        return lax.platform_dependent(*data, cpu=double, default=_by_cholesky)
+    return _by_cholesky(*data)
+
+
+def _by_cholesky(t: jax.Array, count: jax.Array, limit: jax.Array, now: jax.Array) -> Pivots:
+    """The same, of a T of order one and squares of limits."""
+    p = t.shape[-1]
+    index = jnp.arange(p, dtype=count.dtype)
+    each = jax.vmap if t.ndim == 3 else lambda fun: fun
+    tolerance = float(jnp.finfo(t.dtype).eps) ** 0.5
+    panel = min(_BATCHED_PANEL if t.ndim == 3 else _PANEL, p)
+    several = panel < p
+
+    def advance(i, s, start, limit, rows, d, place, j, now):
+        """One pivot of one matrix: a row of the Cholesky factor, and what it leaves of the diagonal d."""
+        # Not argmax, which JAX lowers with the setting of the place where it does so.
+        largest = d.max()
+        pivot = jnp.where(d == largest, index, p).min()
+        now = now & (largest > jnp.maximum(limit, tolerance * jnp.where(d >= 0, start, 0).max()))
+        row = s[pivot] - mm(rows[:, pivot].conj(), rows)
+        row = row / jnp.sqrt(jnp.where(now, largest, 1)).astype(row.dtype)
+        row = jnp.where(now & (d >= 0), row, 0)
+        d = jnp.where(d >= 0, jnp.maximum(d - abs2(row), 0), d)
         # Columns that have been pivots have the norm -1.
-        norms = norms.at[pivot].set(jnp.where(going, -1, norms[pivot]))
-        top = a[j] - mm(v[j], H(f))
-        ratio = abs(top) / jnp.where(norms > 0, norms, 1)
-        rest = jnp.maximum(0, 1 - ratio**2)
-        lost = rest * (norms / jnp.where(exact_norms > 0, exact_norms, 1)) ** 2 <= tolerance
-        left = going & (norms >= 0)
-        norms = jnp.where(left, norms * jnp.sqrt(rest), norms)
-        return v, f, out, c, place, norms, left & lost
+        d = d.at[pivot].set(jnp.where(now, -1, d[pivot]))
+        place = place.at[pivot].set(jnp.where(now, j, place[pivot]))
+        return rows.at[i].set(row), d, place, j + now.astype(j.dtype), now
 
-    def unfinished(j, norms):
-        return (j < p) & (norms > stop[..., None]).any(-1)
+    def panels(state):
+        s, d, place, j, now = state
 
-    def going(state):
-        j, *_, norms, _ = state
-        return unfinished(j, norms).any()
+        def step(i, state):
+            return each(partial(advance, i))(s, start, limit, *state)
 
-    def step(state):
-        j, v, f, out, c, place, norms, exact_norms = state
-        now = unfinished(j, norms)
-        v, f, out, c, place, norms, lost = each(advance)(now, j, a, v, f, out, c, place, norms, exact_norms)
+        rows = jnp.zeros((*s.shape[:-2], panel, p), s.dtype)
+        rows, *rest = lax.fori_loop(0, panel, step, varying((rows, d, place, j, now), s))
+        d, place, j, now = rest
+        now = now & (j < p)
 
-        def recomputed():
-            below = indices(place) > j[..., None]
-            fresh = jnp.sqrt(jnp.where(below[..., None], abs2(a - mm(v, H(f))), 0).sum(-2))
-            return jnp.where(lost, fresh, norms), jnp.where(lost, fresh, exact_norms)
+        def reduced():
+            left = s - mm(H(rows), rows)
+            return left, jnp.where(d >= 0, jnp.maximum(jnp.diagonal(left, axis1=-2, axis2=-1).real, 0), d)
 
-        norms, exact_norms = cond(lost.any(), recomputed, lambda: (norms, exact_norms), a, norms)
-        return j + now.astype(j.dtype), v, f, out, c, place, norms, exact_norms
+        if several:
+            s, d = cond(now.any(), reduced, lambda: (s, d), s, rows)
+        return s, d, place, j, now
 
-    norms = jnp.sqrt(abs2(a).sum(-2))
-    empty = jnp.zeros_like(a)
-    place = jnp.broadcast_to(p + index, norms.shape)
-    state = (jnp.zeros(norms.shape[:-1], int), empty, empty, a, c, place, norms, norms)
-    _, v, f, out, c, place, *_ = lax.while_loop(going, step, varying(state, a, c, stop))
-    out = jnp.where(place[..., None, :] < p, out, a - mm(v, H(f)))
+    columns = lax.optimization_barrier(H(t))
+    s = mm(columns, H(columns))
+    place = jnp.broadcast_to(index, t.shape[:-1])
+    free = place >= count[..., None]
+    start = jnp.where(free, jnp.diagonal(s, axis1=-2, axis2=-1).real, -1)
+    place = jnp.where(free, p + place, place)
+    state = varying((s, start, place, count, now), t, limit)
+    state = lax.while_loop(lambda state: state[-1].any(), panels, state) if several else panels(state)
+    _, _, place, count, _ = state
     # Columns that were never pivots follow, in their order.
     behind = p - lax.cumsum((place >= p).astype(place.dtype), axis=place.ndim - 1, reverse=True)
-    perm = inverse_permutation(jnp.where(place < p, place, behind))
-    return jnp.triu(jnp.take_along_axis(out, perm[..., None, :], axis=-1)), c, perm
+    return inverse_permutation(jnp.where(place < p, place, behind)), count
