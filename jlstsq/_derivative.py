@@ -231,8 +231,8 @@ class FullRank(NamedTuple):
             assert self.gram is not None
             # Of those accepted something finite is enough.
             t = scaled(self.f.t, self.f.down)
-            q = orthonormal_basis(where_matrix(self.gram.accepted, jnp.zeros_like(t), t), self.r)
-            return self._replace(q=q, r=mm(q.r2, self.r))._by_factors(f, g)
+            q, c = orthonormal_basis(where_matrix(self.gram.accepted, jnp.zeros_like(t), t), None, self.r)
+            return self._replace(q=q, r=mm(c, self.r))._by_factors(f, g)
         small = 0 if g is None else triangular_solve(self.r, g, adjoint=True)
         c = self.project(f) - small
         y = triangular_solve(self.r, c)
@@ -544,12 +544,12 @@ def _truncated(driver: str, factors: Factors) -> Problem:
     spectrum = driver in ("gelsd", "gelss")
     q_of_f: Any = q
     if q is None:
-        # T e = Q (R2 r_e) and T_k w = T e r_e^-1 l. Of full rank e is the identity, and r_e is R.
+        # T e = Q (C r_e) and T_k w = T e r_e^-1 l. Of full rank e is the identity, and r_e is R.
         assert gram is not None
         some = where_matrix(gram.accepted, jnp.zeros_like(e), scaled(e, down))
-        q_of_f = orthonormal_basis(lax.stop_gradient(mm(t, some)), r_e)
-        decision = decision._replace(kept=decision.kept._replace(l=mm(q_of_f.r2, l)))
-        r = mm(q_of_f.r2, r_e)
+        q_of_f, c = orthonormal_basis(*lax.stop_gradient((t, some, r_e)))
+        decision = decision._replace(kept=decision.kept._replace(l=mm(c, l)))
+        r = mm(c, r_e)
     if core is None:
         core = core_factors(r, decision, wide)
     left, small = core

@@ -223,31 +223,63 @@ def test_sketch_is_as_good_as_householder(kappa, precision):
         assert kappa * eps > 1e-2
 
 
+@pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("kappa", [1e1, 1e5, 1e14])
-def test_factors_from_a_triangle(kappa, precision):
-    """As good as those of Householder's method, that R is from, for columns of any size."""
+def test_factors_from_a_triangle(kappa, scaled, precision):
+    """As good as those of Householder's method, that R is from, for columns of any size and without some."""
     dtype = np.float64 if precision else np.float32
     eps = np.finfo(dtype).eps
     rng = np.random.default_rng(3)
-    m, p = 400, 20
+    m, p = 1100, 20
     A, b = problem(rng, m, p, min(kappa, 0.01 / eps), dtype)
-    A = A * (2.0 ** rng.integers(-20, 20, p)).astype(dtype)
-    r = np.insert(np.insert(householder.triangle(np.delete(A, 5, axis=1)), 5, 0, axis=0), 5, 0, axis=1)
-    A[:, 5], r[5, 5] = 0, 1
+    if scaled:
+        A = A * (2.0 ** rng.integers(-20, 20, p)).astype(dtype)
+    r = np.eye(p, dtype=dtype)
+    r[:-2, :-2] = householder.triangle(A[:, :-2])
+    e = np.diag(np.arange(p) < p - 2).astype(dtype)
 
     @jax.jit
-    def factors(A, r, b):
-        basis = cholesky.orthonormal_basis(A, r)
-        return basis.times(jnp.eye(p, dtype=dtype)), basis.r2, basis.adjoint_times(b[:, None])
+    def factors(A, e, r, b):
+        # One matrix, and a batch
+        found = cholesky.orthonormal_basis(A, e, r), cholesky.orthonormal_basis(A[None], e[None], r[None])
+        found = found[0], jax.tree.map(lambda x: x[0], found[1])
+        return [(x.times(jnp.eye(p, dtype=dtype)), c, x.adjoint_times(b[:, None])) for x, c in found]
 
-    q, r2, c = factors(A, r, b)
+    for found in factors(A, e, r, b):
+        check_factors(A @ e, r, b, *found)
+
+
+def check_factors(A, r, b, q, c, q_b):
+    p, eps = r.shape[-1], np.finfo(r.dtype).eps
+    kept = A.any(0)
+    assert np.array_equal(kept, np.asarray(q).any(0))
     q = np.asarray(q, float)
-    np.testing.assert_allclose(c, q.T @ b[:, None], rtol=0, atol=p * eps * np.linalg.norm(b))
-    eye = np.diag(np.arange(p) != 5)
-    assert np.linalg.norm(q.T @ q - eye) < 10 * p * eps
-    error = q @ (np.asarray(r2, float) @ np.asarray(r, float)) - A
+    np.testing.assert_allclose(q_b, q.T @ b[:, None], rtol=0, atol=p * eps * np.linalg.norm(b))
+    assert np.linalg.norm(q.T @ q - np.diag(kept)) < 10 * p * eps
+    error = q @ (np.asarray(c, float) @ np.asarray(r, float)) - A
     assert (np.linalg.norm(error, axis=0) <= p * eps * np.linalg.norm(A, axis=0)).all()
-    np.testing.assert_allclose(r2, np.eye(p), atol=p * eps * min(kappa, 0.01 / eps))
+    np.testing.assert_allclose(np.triu(c), c, rtol=0, atol=0)
+
+
+def kahan(p):
+    """Pivoted already, and R^-1 grows like 2^p all the same."""
+    s, c = 0.9, -(0.19**0.5)
+    return np.diag(s ** np.arange(p)) @ (np.eye(p) + c * np.triu(np.ones((p, p)), 1))
+
+
+def test_corrected_product(x64):
+    """R with pivoting whose inverse is large: what a product loses is made up for."""
+    rng = np.random.default_rng(4)
+    p, eps = 40, np.finfo(float).eps
+    q, r = problems.orthonormal(rng, 1100, p, np.float64), kahan(p)
+    A = q @ r
+    growth = float(cholesky.product_growth(r, np.linalg.inv(r)))
+    assert growth > 10 * cholesky.GROWTH
+    z = np.asarray(jax.jit(cholesky._graded_basis)(A, np.eye(p), r))
+    error = np.linalg.norm(z @ r - A, axis=0) / np.linalg.norm(A, axis=0)
+    assert (error <= p * eps).all()
+    product = np.linalg.norm(A @ np.linalg.inv(r) @ r - A, axis=0) / np.linalg.norm(A, axis=0)
+    assert (product > 3 * error.max()).any()
 
 
 def test_sketch_drops_nothing_that_counts(precision):

@@ -60,6 +60,12 @@ def pivots(a: jax.Array) -> jax.Array:
     return perm.astype(int)
 
 
+def grading(a: jax.Array) -> jax.Array:
+    """The same for the columns of A scaled to norm one: it grades the rows of R for columns of any size."""
+    norms = jnp.sqrt(abs2(a).sum(-2, keepdims=True))
+    return pivots(a / jnp.where(norms > 0, norms, 1).astype(a.dtype))
+
+
 def pivoted_qr(r: jax.Array, c: jax.Array, stop: jax.Array | None = None) -> Factors:
     """The same of a triangle R with the pivots one by one: |diag Rp| does not increase, but by rounding.
 

@@ -25,10 +25,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._library import cholesky, inverse, triangular_solve
+from .._decompose.pivoted_qr import grading
+from .._library import cholesky, inverse, qr, triangular_solve
 from .._norms import frobenius, inverse_norm_bound, norm2_bound
 from .._numerics import (
     H,
+    abs2,
     cond,
     cond_on_cpu,
     double_precision,
@@ -57,6 +59,9 @@ _IMPLICIT = 256
 _STEPS = 2
 # Relative error of a double in two numbers of single precision, and of products with it.
 _LOW = 2.0**-46
+# Growth of the backward error, per column of T, with which a product takes the place of substitution (after
+# `grading` 1 to 10, of monomials 25), and how often it is corrected otherwise.
+GROWTH, _CORRECTIONS = 30.0, 2
 # Condition number of R1 from which the explicit R1^-1 costs a digit.
 _HARMLESS = 10.0
 
@@ -286,32 +291,80 @@ def _factor(rows_apart: bool, double: bool, implicit: bool, t: jax.Array) -> Gra
 
 
 class Basis(NamedTuple):
-    """An orthonormal basis Q = Z R2^-1 of the columns of F = Q (R2 R), Z = F R^-1.
+    """An orthonormal basis Q = Z R2^-1 U of the columns of F, where Z is next to orthonormal.
 
-    R is that of another factorisation of F, of any condition: substitution with it has a small error in every
-    row of Z (Higham, Accuracy and Stability, 2002, section 8.1), and Z is nearly orthonormal. Columns of F
-    that are zero stay so. Q itself would be one more array of its size.
+    Q itself would be one more array of its size.
     """
 
     z: jax.Array  # (*batch, m, p)
     r2: jax.Array  # (*batch, p, p)
+    u: jax.Array | None  # (*batch, p, p); None: the identity
 
     def times(self, c: jax.Array) -> jax.Array:
         """Q c."""
-        return mm(self.z, triangular_solve(self.r2, c))
+        return mm(self.z, triangular_solve(self.r2, c if self.u is None else mm(self.u, c)))
 
     def adjoint_times(self, f: jax.Array) -> jax.Array:
         """Q^H f."""
-        return triangular_solve(self.r2, adjoint_times(self.z, f), adjoint=True)
+        c = triangular_solve(self.r2, adjoint_times(self.z, f), adjoint=True)
+        return c if self.u is None else mm(H(self.u), c)
 
 
-def orthonormal_basis(f: jax.Array, r: jax.Array) -> Basis:
-    """That of the columns of F, from R. Never differentiated."""
+def orthonormal_basis(t: jax.Array, e: jax.Array | None, r: jax.Array) -> tuple[Basis, jax.Array]:
+    """Q and the triangle C, unitary to rounding, with T E = Q (C R), as good as from Householder's method.
+
+    From R of another factorisation of T E, of any condition. E is small, None: the identity; its last columns
+    may be zero, and stay so. Never differentiated.
+    """
+    if t.ndim == 2 and isinstance(t.shape[0], int):
+        # Columns of zeros come last, where they meet no rounding errors of others.
+        perm = grading(r if e is None else jnp.where((e != 0).any(0), r, 0))
+        u, graded = qr(r[:, perm])
+        z = _graded_basis(t, (identity_like(r) if e is None else e)[:, perm], graded)
+        r2 = _next_to_identity(product(z))
+        # T E = Z graded P^H = Z U^H R
+        u, corrections = qr(mm(r2, H(u)))
+        return Basis(z, r2, u), corrections
     # Row after row, as XLA multiplies and LAPACK solves F^H; else XLA on CPU copies both to and fro.
-    f = lax.optimization_barrier(f)
+    f = lax.optimization_barrier(t if e is None else mm(t, e))
     z = H(triangular_solve(r, H(f), adjoint=True))
     z = lax.optimization_barrier(z.reshape(*z.shape[:-2], z.shape[-2] * z.shape[-1])).reshape(z.shape)
-    return Basis(z, _next_to_identity(product(z)))
+    r2 = _next_to_identity(product(z))
+    return Basis(z, r2, None), r2
+
+
+def _graded_basis(t: jax.Array, e: jax.Array, r: jax.Array) -> jax.Array:
+    """T E R^-1 of one matrix, the rows of R graded.
+
+    Then a product with R^-1 is as good as substitution, which has a small error in every row (Higham,
+    Accuracy and Stability, 2002, section 8.1) but takes longer. Where it is not it is corrected, some rows at
+    a time.
+    """
+    x = inverse(r)
+    count = jnp.where(product_growth(r, x) <= GROWTH, 0, _CORRECTIONS)
+    m = t.shape[0]
+    rows = min(_BLOCK, m)
+    blocks = -(-m // rows)
+
+    def correct(i, z):
+        # The last block begins earlier rather than being filled up.
+        first = jnp.minimum(i % blocks * rows, m - rows)
+        t_rows, z_rows = (lax.dynamic_slice_in_dim(a, first, rows) for a in (t, z))
+        better = z_rows + mm(mm(t_rows, e) - mm(z_rows, r), x)
+        return lax.dynamic_update_slice_in_dim(z, better, first, 0)
+
+    return lax.fori_loop(0, count * blocks, correct, mm(t, mm(e, x)))
+
+
+def product_growth(r: jax.Array, r_inverse: jax.Array) -> jax.Array:
+    """The backward error T - Z R of Z = T R^-1, a product, over that of substitution, at most.
+
+    Per column, and relative to T's: |T| |R^-1| |R| is small for a diagonal R, for a modest condition number
+    and after pivoting, when the rows of R are graded. The error is found to be some ten times smaller.
+    """
+    norms = jnp.sqrt(abs2(r).sum(0))
+    growth = mm(norms[None], mm(abs(r_inverse), abs(r)))[0]
+    return largest(growth / jnp.where(norms > 0, norms, 1)) / r.shape[-1]
 
 
 def _next_to_identity(gram: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._decompose.pivoted_qr import pivots
+from .._decompose.pivoted_qr import grading
 from .._library import cholesky, inverse, qr, triangle, triangular_solve
 from .._norms import norm2_bound
 from .._numerics import (
@@ -32,21 +32,18 @@ from .._numerics import (
     hashed,
     identity_like,
     inverse_permutation,
-    largest,
     mm,
     scaled,
     varying,
     where_matrix,
 )
-from .cholesky import product
+from .cholesky import GROWTH, product, product_growth
 
 _ROWS = 4  # of the sketch, per column of T
 # Entries up to which its QR factorisation stays in one thread: OpenBLAS's own wait for XLA's.
 _SERIAL = 8000
 # Accepted condition number of Z: about 3 is expected, and the bound is p^(1/4) too large.
 _LARGEST = 16.0
-# Accepted growth of the backward error, the largest row sum of |R1^-1| |R1| per column.
-_GROWTH = 10.0
 # Units of rounding, per column of T: a row of R1 that may be nothing, and what is left of a column then.
 _NOTHING, _LEFT = 4.0, 2.0
 # And the smallest rcond that truncates it in any case.
@@ -105,7 +102,7 @@ def precondition(
     small = scaled(_sketch(t), down)
     finite = jnp.isfinite(small).all()
     small = where_matrix(finite, small, jnp.zeros_like(small))
-    perm = pivots(small)
+    perm = grading(small)
     r1 = triangle(small[:, perm])
     eye = identity_like(r1)
     norms = jnp.sqrt(abs2(r1).sum(0))
@@ -113,7 +110,7 @@ def precondition(
     nothing = abs(jnp.diagonal(r1)) <= _NOTHING * rounding * norms
     r1 = jnp.where(nothing[:, None], jnp.diag(jnp.where(norms > 0, norms, 1)).astype(r1.dtype), r1)
     r1_inverse = inverse(r1)
-    growth = largest(mm(abs(r1_inverse), abs(r1)).sum(-1))
+    growth = product_growth(r1, r1_inverse)
     order = inverse_permutation(perm)
     z = mm(t, scaled(r1_inverse[order], down))
     gram = product(z)
@@ -126,7 +123,7 @@ def precondition(
     r2_inverse = inverse(r2)
     condition = norm2_bound(r2) * norm2_bound(r2_inverse)
     u, r = qr(jnp.where(nothing[:, None], 0, mm(r2, r1))[:, order])
-    accepted = finite & dependent & definite & (condition <= _LARGEST) & (growth <= _GROWTH * p)
+    accepted = finite & dependent & definite & (condition <= _LARGEST) & (growth <= GROWTH)
     return Preconditioned(z, r2, r2_inverse, u, r, accepted)
 
 
