@@ -118,11 +118,11 @@ def choose(
 ) -> Any:
     """`rare` of the operands where a flag of the batch is set, else `common`, both differentiable.
 
-        Without a rare one it is `common`. Where the value is `known` only its derivatives are computed.
+    Without a rare one it is `common`. Where the value is `known` only its derivatives are computed.
 
-        The operands have the batch dimensions `flags` (*batch) has. On CPU a large batch goes block by
-        block, and each block takes its own branch. The derivative keeps the operands and nothing else:
-        reverse mode through `lax.cond` saves what any branch may need, zeros for those not taken, here
+    The operands have the batch dimensions `flags` (*batch) has. On CPU a large batch goes block by
+    block, and each block takes its own branch. The derivative keeps the operands and nothing else:
+    reverse mode through `lax.cond` saves what any branch may need, zeros for those not taken, here
     several arrays of A's size. Instead the tangent y' = L x' is the solution of an equation
     (`_with_adjoint`), which evaluates the branch that is taken, forwards or backwards.
     """

@@ -83,7 +83,7 @@ from jax import lax
 
 from . import _library as library
 from ._autodiff import choose, linear_solve, where_used
-from ._decompose import Cut, Decision, expand
+from ._decompose import Cut, Decision, expand, svd
 from ._fast import seminormal
 from ._library import eigh, qr, triangular_solve
 from ._numerics import (
@@ -564,10 +564,8 @@ def _truncated(driver: str, factors: Factors) -> Problem:
             inverse = jnp.where(both, FullRank(data, None, without).normal_solve(identity_like(r)), 0)
         basis = mm(factors.qt.mT, u) if wide else w
         if turned:
-            rows = jnp.where(kept[..., :, None], 0, factors.r)
-            squares = abs2(rows).sum(-1)
-            sizes = jnp.sqrt(jnp.where(squares > 0, squares, 1))
-            dropped = squares, H(rows / sizes[..., None].astype(r.dtype))
+            sizes, v = svd.of_rows(factors.r)
+            dropped = jnp.where(kept, 0, sizes**2), jnp.where(kept[..., None, :], 0, v)
         else:
             # W^(1/2) D = W^(1/2) T N_w = Q R N_w, R^H Q^H N_w where T is wide
             dropped = _row_space(H(_outside(basis, mm(factors.qt.mT, r) if wide else H(r))))

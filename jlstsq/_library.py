@@ -44,9 +44,9 @@ def _in_thread(fun: Callable, count: float, *args: jax.Array) -> Any:
     rows, columns = args[0].shape[-2:]
     widest = args[-1].shape[-1]
     count *= 3 if jnp.iscomplexobj(args[0]) else 1
-    block = max(1, int((_SPLIT - 1) / max(1, count * rows * widest * min(rows, columns))))
-    if not isinstance(matrices, int):  # a symbolic dimension, treated as large
+    if not all(isinstance(d, int) for d in (matrices, rows, columns, widest)):  # symbolic: treated as large
         return lax.map(lambda a: fun(*a), args)
+    block = max(1, int((_SPLIT - 1) / max(1, count * rows * widest * min(rows, columns))))
     if matrices <= block:
         return fun(*args)
     return lax.map(lambda a: fun(*a), args, batch_size=block)

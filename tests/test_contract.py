@@ -136,7 +136,7 @@ def test_dtypes(precision):
 
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
-def test_strict_promotion(driver, dtype):
+def test_strict_promotion(driver, dtype, precision):
     A = np.eye(4, 3).astype(dtype)
     with jax.numpy_dtype_promotion("strict"):
         jax.vjp(lambda A: lstsq(A, A, driver=driver)[:2], A)[1](lstsq(A, A, driver=driver)[:2])

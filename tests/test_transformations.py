@@ -269,7 +269,8 @@ def test_no_rank_is_promoted(shape, driver, x64):
 
 @pytest.mark.parametrize("driver", LONGEST)
 @pytest.mark.parametrize("gradient", [False, True], ids=["value", "gradient"])
-def test_export_of_any_number_of_rows(driver, gradient, precision):
+@pytest.mark.parametrize("batch", [(), pytest.param((2,), marks=pytest.mark.slow)], ids=str)
+def test_export_of_any_number_of_rows(driver, gradient, batch, precision):
     """A symbolic dimension, at the default rcond."""
     dtype = np.float64 if precision else np.float32
 
@@ -278,6 +279,8 @@ def test_export_of_any_number_of_rows(driver, gradient, precision):
 
     fun = jax.jit(jax.grad(value) if gradient else value)
     (m,) = jax.export.symbolic_shape("m", constraints=["m >= 6"])
-    exported = jax.export.export(fun)(*(jax.ShapeDtypeStruct(s, dtype) for s in ((m, 5), (m,))))
-    A, b = (a.astype(dtype) for a in data((30, 5), (30,)))
+    exported = jax.export.export(fun)(
+        *(jax.ShapeDtypeStruct(s, dtype) for s in ((*batch, m, 5), (*batch, m)))
+    )
+    A, b = (a.astype(dtype) for a in data((*batch, 30, 5), (*batch, 30)))
     np.testing.assert_allclose(exported.call(A, b), fun(A, b), rtol=1e-5, atol=1e-6)

@@ -139,7 +139,7 @@ def _factors(u: jax.Array, rp: jax.Array, perm: jax.Array, kept: jax.Array) -> K
     eye = identity_like(rp)
     # QR of the kept rows' adjoint, the last row first: L is upper triangular then. Zero columns stay zero
     # under Householder reflections, so what follows the first `rank` columns does not matter.
-    rank, index = kept.sum(-1, keepdims=True), indices(perm)
+    rank, index = kept.sum(-1, keepdims=True, dtype=perm.dtype), indices(perm)
     reverse = jnp.where(index < rank, rank - 1 - index, index)[..., None, :]
     w, lh = qr(H(jnp.take_along_axis(jnp.where(rows, rp, 0), reverse.mT, axis=-2)))
     w = jnp.take_along_axis(w, reverse, axis=-1)

@@ -1,3 +1,23 @@
+"""Householder QR with column pivoting, R P = U Rp, of small matrices, and U^H C for what rides along.
+
+The pivots are those of Businger and Golub (1965): one by one, the column of largest remaining norm. They
+depend on the inner products of the columns only, so they are found by Cholesky factorisation of the Gram
+matrix with diagonal pivoting (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 10.3),
+in panels: a step reads a few rows, not the matrix. The factors are those of QR without pivoting of the
+permuted columns, in the platform's library.
+
+A Gram matrix squares: what is left of a column is lost in its rounding errors before the column is. So
+pivots are found in stages. A stage ends where the largest remaining norm^2 is below sqrt(eps) of what some
+remaining column had at its start, as LAPACK's recomputes its norms (Drmac and Bujanovic 2006, LAPACK Working
+Note 176); the next one begins with the Gram matrix of what the QR factorisation has left of the remaining
+columns.
+
+All at once they come from a random mixture S R of the rows: Gaussian elimination of (S R)^H with partial
+pivoting chooses the column with the largest entry in one random combination of what remains, most often
+one of nearly largest norm (Melnichenko, Murray and others 2025, BQRRP). Then Rp is that of QR without
+pivoting. Its diagonal need not decrease: whoever truncates it has to look at what is dropped.
+"""
+
 import math
 from functools import partial
 

@@ -80,12 +80,12 @@ def decide(
     else:
         left, s, rows = turned(r, rides)
     mask = _kept(s, rcond)
-    size, v = _rows(rows)
+    size, v = of_rows(rows)
     d = mm(H(v), c) if adjoint else mm(H(left), c) if turn else H(left)
     return left if turn else None, rows, _solution(size, v, mask, d, adjoint), mask
 
 
-def _rows(r: jax.Array) -> tuple[jax.Array, jax.Array]:
+def of_rows(r: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The sizes s and V of R = diag(s) V^H."""
     up, down = power_of_two(largest(abs(r)))
     unit = r * down[..., None].astype(r.dtype)
@@ -95,7 +95,7 @@ def _rows(r: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def rebuild(r: jax.Array, kept: jax.Array) -> Kept:
     """`decompose` of U^H R = diag(s) V^H."""
-    s, v = _rows(r)
+    s, v = of_rows(r)
     return _factors(identity_like(r), s, v, kept)
 
 

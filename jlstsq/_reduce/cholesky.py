@@ -341,19 +341,23 @@ def _graded_basis(t: jax.Array, e: jax.Array, r: jax.Array) -> jax.Array:
     a time.
     """
     x = inverse(r)
-    count = jnp.where(product_growth(r, x) <= GROWTH, 0, _CORRECTIONS)
     m = t.shape[0]
-    rows = min(_BLOCK, m)
-    blocks = -(-m // rows)
+    # Rows that are sharded over devices stay where they are: the loop takes some of every group.
+    groups = min(m & -m, _BLOCK)
+    rows = min(_BLOCK // groups, m // groups)
+    steps = -(-m // (groups * rows))
+    grouped = t.reshape(groups, m // groups, t.shape[1])
 
     def correct(i, z):
-        # The last block begins earlier rather than being filled up.
-        first = jnp.minimum(i % blocks * rows, m - rows)
-        t_rows, z_rows = (lax.dynamic_slice_in_dim(a, first, rows) for a in (t, z))
+        # The last rows begin earlier rather than being filled up.
+        first = jnp.minimum(i % steps * rows, m // groups - rows)
+        t_rows, z_rows = (lax.dynamic_slice_in_dim(a, first, rows, 1) for a in (grouped, z))
         better = z_rows + mm(mm(t_rows, e) - mm(z_rows, r), x)
-        return lax.dynamic_update_slice_in_dim(z, better, first, 0)
+        return lax.dynamic_update_slice_in_dim(z, better, first, 1)
 
-    return lax.fori_loop(0, count * blocks, correct, mm(t, mm(e, x)))
+    count = jnp.where(product_growth(r, x) <= GROWTH, 0, _CORRECTIONS)
+    z = mm(t, mm(e, x)).reshape(groups, m // groups, r.shape[-1])
+    return lax.fori_loop(0, count * steps, correct, z).reshape(m, r.shape[-1])
 
 
 def product_growth(r: jax.Array, r_inverse: jax.Array) -> jax.Array:
