@@ -346,18 +346,17 @@ def _graded_basis(t: jax.Array, e: jax.Array, r: jax.Array) -> jax.Array:
     groups = min(m & -m, _BLOCK)
     rows = min(_BLOCK // groups, m // groups)
     steps = -(-m // (groups * rows))
-    grouped = t.reshape(groups, m // groups, t.shape[1])
 
     def correct(i, z):
         # The last rows begin earlier rather than being filled up.
         first = jnp.minimum(i % steps * rows, m // groups - rows)
-        t_rows, z_rows = (lax.dynamic_slice_in_dim(a, first, rows, 1) for a in (grouped, z))
+        in_groups = [a.reshape(groups, m // groups, a.shape[1]) for a in (t, z)]
+        t_rows, z_rows = (lax.dynamic_slice_in_dim(a, first, rows, 1) for a in in_groups)
         better = z_rows + mm(mm(t_rows, e) - mm(z_rows, r), x)
-        return lax.dynamic_update_slice_in_dim(z, better, first, 1)
+        return lax.dynamic_update_slice_in_dim(in_groups[1], better, first, 1).reshape(z.shape)
 
     count = jnp.where(product_growth(r, x) <= GROWTH, 0, _CORRECTIONS)
-    z = mm(t, mm(e, x)).reshape(groups, m // groups, r.shape[-1])
-    return lax.fori_loop(0, count * steps, correct, z).reshape(m, r.shape[-1])
+    return lax.fori_loop(0, count * steps, correct, mm(t, mm(e, x)))
 
 
 def product_growth(r: jax.Array, r_inverse: jax.Array) -> jax.Array:
