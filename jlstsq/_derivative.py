@@ -546,8 +546,8 @@ def _truncated(driver: str, factors: Factors) -> Problem:
     if q is None:
         # T e = Q (C r_e) and T_k w = T e r_e^-1 l. Of full rank e is the identity, and r_e is R.
         assert gram is not None
-        some = where_matrix(gram.accepted, jnp.zeros_like(e), scaled(e, down))
-        q_of_f, c = orthonormal_basis(*lax.stop_gradient((t, some, r_e)))
+        some = where_matrix(gram.accepted, jnp.zeros_like(e), e)
+        q_of_f, c = orthonormal_basis(*lax.stop_gradient((t, some, r_e, down)))
         decision = decision._replace(kept=decision.kept._replace(l=mm(c, l)))
         r = mm(c, r_e)
     if core is None:

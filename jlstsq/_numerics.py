@@ -168,6 +168,12 @@ def largest_entry(a: jax.Array, axis: int | tuple[int, int]) -> tuple[jax.Array,
     return jnp.where(finite, maximum, 0), finite
 
 
+def column_norms(a: jax.Array) -> jax.Array:
+    """The norms of the columns of A (*batch, m, p), of any size: squares of tiny ones underflow."""
+    up, down = power_of_two(largest_entry(a, -2)[0])
+    return up * jnp.sqrt(abs2(a * down[..., None, :].astype(a.dtype)).sum(-2))
+
+
 def scaled(t: jax.Array, down: jax.Array | None) -> jax.Array:
     """T times a power of two a matrix, T itself without one."""
     return t if down is None else t * down[..., None, None].astype(t.dtype)

@@ -282,6 +282,32 @@ def test_corrected_product(x64):
     assert (product > 3 * error.max()).any()
 
 
+@pytest.mark.parametrize("power", [-900, 1005])
+def test_ends_of_the_range(power, precision):
+    """What scales T is not lost in a small matrix: values through the sketch, gradients of what truncates."""
+    dtype, power = (np.float64, power) if precision else (np.float32, power // 9)
+    rng = np.random.default_rng(2)
+    A, b = rng.standard_normal((2400, 12)).astype(dtype), rng.standard_normal(2400).astype(dtype)
+    hard = A * 10.0 ** -np.arange(12).astype(dtype) if precision else A * 2.0 ** -np.arange(12).astype(dtype)
+    A[:, 7] = A[:, 2]
+    scale = dtype(2.0**power)
+
+    @partial(jax.jit, static_argnames="driver")
+    def both(A, b, scale, driver):
+        def fun(b):
+            x = lstsq(A * scale, b, driver=driver).solution * scale
+            return (x * np.arange(12)).sum(), x
+
+        (_, x), gradient = jax.value_and_grad(fun, has_aux=True)(b)
+        return x, gradient
+
+    for a, driver in ((hard, "gels"), (A, "gelsy"), (A, "gelsd")):
+        a = a.astype(dtype)
+        for here, expected in zip(both(a, b, scale, driver), both(a, b, dtype(1), driver), strict=True):
+            largest = abs(np.asarray(expected)).max()
+            np.testing.assert_allclose(here, expected, rtol=0, atol=200 * np.finfo(dtype).eps * largest)
+
+
 def test_sketch_drops_nothing_that_counts(precision):
     """Columns that depend on others to 30 eps: gels has an answer, and rcond = eps the full rank."""
     eps = np.finfo(np.float64 if precision else np.float32).eps

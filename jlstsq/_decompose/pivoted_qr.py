@@ -31,6 +31,7 @@ from .._norms import random
 from .._numerics import (
     H,
     abs2,
+    column_norms,
     cond,
     double_precision,
     inverse_permutation,
@@ -82,8 +83,8 @@ def pivots(a: jax.Array) -> jax.Array:
 
 def grading(a: jax.Array) -> jax.Array:
     """The same for the columns of A scaled to norm one: it grades the rows of R for columns of any size."""
-    norms = jnp.sqrt(abs2(a).sum(-2, keepdims=True))
-    return pivots(a / jnp.where(norms > 0, norms, 1).astype(a.dtype))
+    norms = column_norms(a)
+    return pivots(a / jnp.where(norms > 0, norms, 1)[..., None, :].astype(a.dtype))
 
 
 def pivoted_qr(r: jax.Array, c: jax.Array, stop: jax.Array | None = None) -> Factors:

@@ -30,7 +30,7 @@ from .._library import cholesky, inverse, qr, triangular_solve
 from .._norms import frobenius, inverse_norm_bound, norm2_bound
 from .._numerics import (
     H,
-    abs2,
+    column_norms,
     cond,
     cond_on_cpu,
     double_precision,
@@ -39,6 +39,7 @@ from .._numerics import (
     largest,
     largest_entry,
     mm,
+    scaled,
     varying,
     where_matrix,
 )
@@ -310,22 +311,25 @@ class Basis(NamedTuple):
         return c if self.u is None else mm(H(self.u), c)
 
 
-def orthonormal_basis(t: jax.Array, e: jax.Array | None, r: jax.Array) -> tuple[Basis, jax.Array]:
-    """Q and the triangle C, unitary to rounding, with T E = Q (C R), as good as from Householder's method.
+def orthonormal_basis(
+    t: jax.Array, e: jax.Array | None, r: jax.Array, down: jax.Array | None = None
+) -> tuple[Basis, jax.Array]:
+    """Q and the triangle C, unitary to rounding, with F = Q (C R), as good as from Householder's method.
 
-    From R of another factorisation of T E, of any condition. E is small, None: the identity; its last columns
-    may be zero, and stay so. Never differentiated.
+    F = `down` T E. From R of another factorisation of it, of any condition. E is small, None: the identity;
+    its last columns may be zero, and stay so. Never differentiated.
     """
     if t.ndim == 2 and isinstance(t.shape[0], int):
         # Columns of zeros come last, where they meet no rounding errors of others.
         perm = grading(r if e is None else jnp.where((e != 0).any(0), r, 0))
         u, graded = qr(r[:, perm])
-        z = _graded_basis(t, (identity_like(r) if e is None else e)[:, perm], graded)
+        z = _graded_basis(t, (identity_like(r) if e is None else e)[:, perm], graded, down)
         r2 = _next_to_identity(product(z))
-        # T E = Z graded P^H = Z U^H R
+        # F = Z graded P^H = Z U^H R
         u, corrections = qr(mm(r2, H(u)))
         return Basis(z, r2, u), corrections
     # Row after row, as XLA multiplies and LAPACK solves F^H; else XLA on CPU copies both to and fro.
+    t = scaled(t, down)
     f = lax.optimization_barrier(t if e is None else mm(t, e))
     z = H(triangular_solve(r, H(f), adjoint=True))
     z = lax.optimization_barrier(z.reshape(*z.shape[:-2], z.shape[-2] * z.shape[-1])).reshape(z.shape)
@@ -333,8 +337,15 @@ def orthonormal_basis(t: jax.Array, e: jax.Array | None, r: jax.Array) -> tuple[
     return Basis(z, r2, None), r2
 
 
-def _graded_basis(t: jax.Array, e: jax.Array, r: jax.Array) -> jax.Array:
-    """T E R^-1 of one matrix, the rows of R graded.
+def within_range(down: jax.Array) -> jax.Array:
+    """Whether T of this scale may be scaled by way of a small matrix, whose entries are then not lost."""
+    info = jnp.finfo(down.dtype)
+    room = float(info.eps) ** 2
+    return (down > float(info.tiny) / room) & (down < float(info.max) * room)
+
+
+def _graded_basis(t: jax.Array, e: jax.Array, r: jax.Array, down: jax.Array | None = None) -> jax.Array:
+    """`down` T E R^-1 of one matrix, the rows of R graded.
 
     Then a product with R^-1 is as good as substitution, which has a small error in every row (Higham,
     Accuracy and Stability, 2002, section 8.1) but takes longer. Where it is not it is corrected, some rows at
@@ -352,11 +363,17 @@ def _graded_basis(t: jax.Array, e: jax.Array, r: jax.Array) -> jax.Array:
         first = jnp.minimum(i % steps * rows, m // groups - rows)
         in_groups = [a.reshape(groups, m // groups, a.shape[1]) for a in (t, z)]
         t_rows, z_rows = (lax.dynamic_slice_in_dim(a, first, rows, 1) for a in in_groups)
-        better = z_rows + mm(mm(t_rows, e) - mm(z_rows, r), x)
+        better = z_rows + mm(mm(scaled(t_rows, down), e) - mm(z_rows, r), x)
         return lax.dynamic_update_slice_in_dim(in_groups[1], better, first, 1).reshape(z.shape)
 
-    count = jnp.where(product_growth(r, x) <= GROWTH, 0, _CORRECTIONS)
-    return lax.fori_loop(0, count * steps, correct, mm(t, mm(e, x)))
+    accurate = product_growth(r, x) <= GROWTH
+    small = mm(e, x)
+    if down is not None:
+        # Elsewhere Z begins at zero, and the loop makes all of it.
+        within = within_range(down)
+        accurate, small = accurate & within, jnp.where(within, small * down.astype(small.dtype), 0)
+    count = jnp.where(accurate, 0, _CORRECTIONS)
+    return lax.fori_loop(0, count * steps, correct, mm(t, small))
 
 
 def product_growth(r: jax.Array, r_inverse: jax.Array) -> jax.Array:
@@ -365,9 +382,10 @@ def product_growth(r: jax.Array, r_inverse: jax.Array) -> jax.Array:
     Per column, and relative to T's: |T| |R^-1| |R| is small for a diagonal R, for a modest condition number
     and after pivoting, when the rows of R are graded. The error is found to be some ten times smaller.
     """
-    norms = jnp.sqrt(abs2(r).sum(0))
-    growth = mm(norms[None], mm(abs(r_inverse), abs(r)))[0]
-    return largest(growth / jnp.where(norms > 0, norms, 1)) / r.shape[-1]
+    norms = column_norms(r)
+    norms = jnp.where(norms > 0, norms, 1)
+    x, r = abs(r_inverse) * norms[:, None], abs(r) / norms
+    return largest(mm(x, r).sum(0)) / r.shape[-1]
 
 
 def _next_to_identity(gram: jax.Array) -> jax.Array:

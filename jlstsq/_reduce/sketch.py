@@ -28,7 +28,7 @@ from .._library import cholesky, inverse, qr, triangle, triangular_solve
 from .._norms import norm2_bound
 from .._numerics import (
     H,
-    abs2,
+    column_norms,
     hashed,
     identity_like,
     inverse_permutation,
@@ -37,7 +37,7 @@ from .._numerics import (
     varying,
     where_matrix,
 )
-from .cholesky import GROWTH, product, product_growth
+from .cholesky import GROWTH, product, product_growth, within_range
 
 _ROWS = 4  # of the sketch, per column of T
 # Entries up to which its QR factorisation stays in one thread: OpenBLAS's own wait for XLA's.
@@ -105,7 +105,7 @@ def precondition(
     perm = grading(small)
     r1 = triangle(small[:, perm])
     eye = identity_like(r1)
-    norms = jnp.sqrt(abs2(r1).sum(0))
+    norms = column_norms(r1)
     rounding = p * float(jnp.finfo(norms.dtype).eps)
     nothing = abs(jnp.diagonal(r1)) <= _NOTHING * rounding * norms
     r1 = jnp.where(nothing[:, None], jnp.diag(jnp.where(norms > 0, norms, 1)).astype(r1.dtype), r1)
@@ -113,6 +113,7 @@ def precondition(
     growth = product_growth(r1, r1_inverse)
     order = inverse_permutation(perm)
     z = mm(t, scaled(r1_inverse[order], down))
+    within = True if down is None else within_range(down)
     gram = product(z)
     dependent = (~nothing | (jnp.diagonal(gram).real <= (_LEFT * rounding) ** 2)).all()
     truncated = False if rcond is None else (rcond >= _TRUNCATED * rounding).all()
@@ -123,7 +124,7 @@ def precondition(
     r2_inverse = inverse(r2)
     condition = norm2_bound(r2) * norm2_bound(r2_inverse)
     u, r = qr(jnp.where(nothing[:, None], 0, mm(r2, r1))[:, order])
-    accepted = finite & dependent & definite & (condition <= _LARGEST) & (growth <= GROWTH)
+    accepted = finite & within & dependent & definite & (condition <= _LARGEST) & (growth <= GROWTH)
     return Preconditioned(z, r2, r2_inverse, u, r, accepted)
 
 
