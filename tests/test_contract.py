@@ -135,7 +135,7 @@ def test_dtypes(precision):
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("complex64", marks=pytest.mark.slow)])
 def test_strict_promotion(driver, dtype, precision):
     A = np.eye(4, 3).astype(dtype)
     with jax.numpy_dtype_promotion("strict"):

@@ -29,7 +29,7 @@ def matrix(rng, p, kind):
 @pytest.mark.parametrize("kind", ["deficient", "graded", "repeated", "scaled", "complex", "zero"])
 @pytest.mark.parametrize(
     ("p", "factor"),
-    [(20, pivoted_qr), (50, pivoted_qr), (50, pivoted_at_once)],
+    [(20, pivoted_qr), pytest.param(50, pivoted_qr, marks=pytest.mark.slow), (50, pivoted_at_once)],
     ids=["one panel", "two panels", "at once"],
 )
 def test_pivoted_qr(p, factor, kind, precision):

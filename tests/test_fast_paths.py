@@ -282,7 +282,7 @@ def test_corrected_product(x64):
     assert (product > 3 * error.max()).any()
 
 
-@pytest.mark.parametrize("power", [-900, 1005])
+@pytest.mark.parametrize("power", [pytest.param(-900, marks=pytest.mark.slow), 1005])
 def test_ends_of_the_range(power, precision):
     """What scales T is not lost in a small matrix: values through the sketch, gradients of what truncates."""
     dtype, power = (np.float64, power) if precision else (np.float32, power // 9)

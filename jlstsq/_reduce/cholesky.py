@@ -384,7 +384,7 @@ def product_growth(r: jax.Array, r_inverse: jax.Array) -> jax.Array:
     """
     norms = column_norms(r)
     norms = jnp.where(norms > 0, norms, 1)
-    x, r = abs(r_inverse) * norms[:, None], abs(r) / norms
+    x, r = abs(r_inverse) * norms[:, None], abs(r) / norms[None]
     return largest(mm(x, r).sum(0)) / r.shape[-1]
 
 
