@@ -363,7 +363,8 @@ def _graded_basis(t: jax.Array, e: jax.Array, r: jax.Array, down: jax.Array | No
         first = jnp.minimum(i % steps * rows, m // groups - rows)
         in_groups = [a.reshape(groups, m // groups, a.shape[1]) for a in (t, z)]
         t_rows, z_rows = (lax.dynamic_slice_in_dim(a, first, rows, 1) for a in in_groups)
-        better = z_rows + mm(mm(scaled(t_rows, down), e) - mm(z_rows, r), x)
+        t_rows = t_rows if down is None else t_rows * down.astype(t.dtype)
+        better = z_rows + mm(mm(t_rows, e) - mm(z_rows, r), x)
         return lax.dynamic_update_slice_in_dim(in_groups[1], better, first, 1).reshape(z.shape)
 
     accurate = product_growth(r, x) <= GROWTH
