@@ -246,10 +246,10 @@ def test_factors_from_a_triangle(kappa, scaled, precision):
         return [(x.times(jnp.eye(p, dtype=dtype)), c, x.adjoint_times(b[:, None])) for x, c in found]
 
     for found in factors(A, e, r, b):
-        check_factors(A @ e, r, b, *found)
+        check_factors(A @ e, r, b, min(kappa, 0.01 / eps), *found)
 
 
-def check_factors(A, r, b, q, c, q_b):
+def check_factors(A, r, b, kappa, q, c, q_b):
     p, eps = r.shape[-1], np.finfo(r.dtype).eps
     kept = A.any(0)
     assert np.array_equal(kept, np.asarray(q).any(0))
@@ -259,6 +259,7 @@ def check_factors(A, r, b, q, c, q_b):
     error = q @ (np.asarray(c, float) @ np.asarray(r, float)) - A
     assert (np.linalg.norm(error, axis=0) <= p * eps * np.linalg.norm(A, axis=0)).all()
     np.testing.assert_allclose(np.triu(c), c, rtol=0, atol=0)
+    np.testing.assert_allclose(abs(np.asarray(c)), np.eye(p), atol=p * eps * kappa)
 
 
 def kahan(p):
