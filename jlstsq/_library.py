@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from . import _lanes as lanes
@@ -146,24 +147,32 @@ def inverse(r: jax.Array) -> jax.Array:
     -A^-1 B D^-1 (Higham, Accuracy and Stability, 2002, section 14.2).
     """
     p = r.shape[-1]
-    largest = _LEAF if r.ndim == 2 else _BATCHED_LEAF
-    levels = max(0, math.ceil(math.log2(p / largest)))
+    batch = r.shape[:-2]
+    levels = max(0, math.ceil(math.log2(p / (_BATCHED_LEAF if batch else _LEAF))))
     size = -(-p // 2**levels)
     pad = (size << levels) - p
     if pad:
-        r = jnp.pad(r, [(0, 0)] * (r.ndim - 2) + [(0, pad), (0, pad)])
+        r = jnp.pad(r, [(0, 0)] * len(batch) + [(0, pad), (0, pad)])
         r = r + jnp.broadcast_to(jnp.diag((jnp.arange(p + pad) >= p).astype(r.dtype)), r.shape)
 
     def blocks(step: int, right: int) -> jax.Array:
         """Blocks of the current size at every step-th diagonal place, `right` places off it."""
-        n = r.shape[-1] // size
-        starts = [(i * size, (i + right) * size) for i in range(0, n, step)]
-        return jnp.stack([r[..., i : i + size, j : j + size] for i, j in starts], axis=-3)
+        first = np.arange(0, r.shape[-1], step * size)
+        k = len(batch)
+        # One gather: slices of their own would each take time to compile.
+        return lax.gather(
+            r,
+            np.stack([first, first + right * size], -1).astype(np.int32),
+            lax.GatherDimensionNumbers((*range(k), k + 1, k + 2), (), (k, k + 1)),
+            (*batch, size, size),
+            mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+        )
 
-    leaves = blocks(1, 0)
-    x = (_substitute if size <= _BATCHED_LEAF else triangular_solve)(leaves, identity_like(leaves))
+    leaves = blocks(1, 0) if levels else r[..., None, :, :]
+    x = (_substitute if batch else triangular_solve)(leaves, identity_like(leaves))
     for _ in range(levels):
-        a, d = x[..., 0::2, :, :], x[..., 1::2, :, :]
+        pairs = x.reshape(*batch, x.shape[-3] // 2, 2, size, size)
+        a, d = pairs[..., 0, :, :], pairs[..., 1, :, :]
         corner = -mm(mm(a, blocks(2, 1)), d)
         bottom = jnp.concatenate([jnp.zeros_like(d), d], axis=-1)
         x = jnp.concatenate([jnp.concatenate([a, corner], axis=-1), bottom], axis=-2)
