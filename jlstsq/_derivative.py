@@ -97,12 +97,11 @@ from ._numerics import (
     many_terms,
     mm,
     pick,
-    scaled,
     transposed,
     varying,
     where_matrix,
 )
-from ._operator import Operator
+from ._operator import Halves, Operator
 from ._reduce.cholesky import Basis, Gram, orthonormal_basis, orthonormalised
 from ._scaling import scale_columns
 
@@ -124,9 +123,9 @@ class Factors(NamedTuple):
     core: tuple[jax.Array, jax.Array] | None = None
     # where it is accepted (plain problems) the seminormal equations are as good as Q
     gram: Gram | None = None
-    # (*batch) a power of two: everything else, and all results, are for `down` t in the place of T;
+    # of a power of two `down` (*batch): everything else, and all results, are for `down` t in the place of T;
     # 1 where the Gram matrix is accepted
-    down: jax.Array | None = None
+    halves: Halves | None = None
     # (v, y, rho) of the right-hand sides that are solved for, see `_factors.Factored`; v None: f - T y
     solved: tuple[jax.Array | None, jax.Array, jax.Array | None] | None = None
 
@@ -207,7 +206,7 @@ class FullRank(NamedTuple):
 
         def products():
             # `down` is 1 where that is accepted: to multiply by it would be one more pass over v.
-            return seminormal.augmented(self.f._replace(down=None), gram, f, g)[:2]
+            return seminormal.augmented(self.f._replace(halves=None), gram, f, g)[:2]
 
         def nothing():
             return jnp.zeros_like(f), self.f.zeros(f, rows=False)
@@ -230,8 +229,8 @@ class FullRank(NamedTuple):
         if self.q is None:
             assert self.gram is not None
             # Of those accepted something finite is enough.
-            t = scaled(self.f.t, self.f.down)
-            q, c = orthonormal_basis(where_matrix(self.gram.accepted, jnp.zeros_like(t), t), None, self.r)
+            t = where_matrix(self.gram.accepted, jnp.zeros_like(self.f.t), self.f.t)
+            q, c = orthonormal_basis(t, None, self.r, self.f.down)
             return self._replace(q=q, r=mm(c, self.r))._by_factors(f, g)
         small = 0 if g is None else triangular_solve(self.r, g, adjoint=True)
         c = self.project(f) - small
@@ -301,11 +300,11 @@ def _solved_rule(primals, tangents):
     f_dot, g_dot = (
         jnp.zeros_like(a) if isinstance(a_dot, still) else a_dot for a, a_dot in ((f, f_dot), (g, g_dot))
     )
-    t, down, e = problem.f
+    t, halves, e = problem.f
     t_dot, _, e_dot = problem_dot.f
-    moves = [] if isinstance(t_dot, still) else [Operator(t_dot, down, e)]
+    moves = [] if isinstance(t_dot, still) else [Operator(t_dot, halves, e)]
     if e is not None and not isinstance(e_dot, still):
-        moves.append(Operator(t, down, e_dot))
+        moves.append(Operator(t, halves, e_dot))
     for moved in moves:  # F' = T' E + T E'
         # -y: to negate what comes back for T' y would be one more pass over it.
         f_dot, g_dot = f_dot + moved.times(-y), g_dot - moved.adjoint_times(v)
@@ -336,10 +335,10 @@ def _gram_dot(t: Operator, t_dot: Operator, weights, weights_dot, z: jax.Array) 
         if weights is not None:
             inner = inner + weigh(weights_dot, t_z)
         return t_dot.adjoint_times(weigh(weights, t_z)) + t.adjoint_times(inner)
-    half = t.adjoint_times(weigh(weights, scaled(t_dot.t, t_dot.down)))
+    half = t.adjoint_times(weigh(weights, t_dot.scaled))
     out = half + H(half)
     if weights is not None:
-        out = out + t.adjoint_times(weigh(weights_dot, scaled(t.t, t.down)))
+        out = out + t.adjoint_times(weigh(weights_dot, t.scaled))
     return mm(out, z)
 
 
@@ -365,7 +364,7 @@ def singular_basis(t, weights, w, inverse, s, kept, eigenvalues, v):
 @singular_basis.defjvp
 def _singular_basis_rule(primals, tangents):
     t, weights, w, inverse, s, kept, eigenvalues, v = primals
-    t_dot, weights_dot = tangents[0]._replace(down=t.down), tangents[1]
+    t_dot, weights_dot = tangents[0]._replace(halves=t.halves), tangents[1]
     w = singular_basis(*primals)
 
     def squared(z):
@@ -404,7 +403,7 @@ def pivoted_basis(t, weights, w, oblique, e, inverse, b_inverse):
 @pivoted_basis.defjvp
 def _pivoted_basis_rule(primals, tangents):
     t, weights, _, _, e, inverse, b_inverse = primals
-    t_dot, weights_dot = tangents[0]._replace(down=t.down), tangents[1]
+    t_dot, weights_dot = tangents[0]._replace(halves=t.halves), tangents[1]
     w, oblique = pivoted_basis(*primals)
 
     def squared(z):
@@ -450,7 +449,7 @@ def squared_residual(f, b, x, v, w, weights=None, ridge=None):
 def _squared_residual_rule(primals, tangents):
     f, _, x, v, w, weights, ridge = primals
     f_dot, b_dot, x_dot, _, _, weights_dot, _ = tangents
-    t_dot = f_dot._replace(down=f.down, e=None)
+    t_dot = f_dot._replace(halves=f.halves, e=None)
     weighted = weigh(weights, v)
     inner = (weighted.conj() * (b_dot - t_dot.times(x))).sum(-2)
     if ridge is not None:
@@ -520,7 +519,7 @@ class Problem(NamedTuple):
 
 def _full(factors: Factors) -> Problem:
     """Nothing truncated, T tall: F = T."""
-    t, q, r, decision, weights, ridge, core, gram, down, solution = factors
+    t, q, r, decision, weights, ridge, core, gram, halves, solution = factors
     left = None
     if not factors.plain and core is not None:
         left, r = core
@@ -528,7 +527,7 @@ def _full(factors: Factors) -> Problem:
     # replaced, and 0 * inf would reach its gradient all the same.
     regular = decision.full & decision.usable
     r = where_matrix(regular, r, identity_like(r))
-    return Problem(FullRank(Operator(t, down), q, r, left, None, weights, ridge, gram), solved=solution)
+    return Problem(FullRank(Operator(t, halves), q, r, left, None, weights, ridge, gram), solved=solution)
 
 
 def _truncated(driver: str, factors: Factors) -> Problem:
@@ -536,10 +535,10 @@ def _truncated(driver: str, factors: Factors) -> Problem:
     turned = isinstance(factors.decision, Cut)  # then gelsd's R is diag(s) V^H
     if turned:
         factors = factors._replace(decision=lax.stop_gradient(expand(factors.r, factors.decision)))
-    t, q, r, decision, weights, ridge, core, gram, down, _ = factors
+    t, q, r, decision, weights, ridge, core, gram, halves, _ = factors
     e, r_e, u, l, w, kept = decision.kept  # noqa: E741
     full, wide = decision.full, factors.wide
-    data = Operator(t, down)
+    data = Operator(t, halves)
     both = kept[..., :, None] & kept[..., None, :]
     spectrum = driver in ("gelsd", "gelss")
     q_of_f: Any = q
@@ -547,7 +546,7 @@ def _truncated(driver: str, factors: Factors) -> Problem:
         # T e = Q (C r_e) and T_k w = T e r_e^-1 l. Of full rank e is the identity, and r_e is R.
         assert gram is not None
         some = where_matrix(gram.accepted, jnp.zeros_like(e), e)
-        q_of_f, c = orthonormal_basis(*lax.stop_gradient((t, some, r_e, down)))
+        q_of_f, c = orthonormal_basis(*lax.stop_gradient((t, some, r_e, data.down)))
         decision = decision._replace(kept=decision.kept._replace(l=mm(c, l)))
         r = mm(c, r_e)
     if core is None:
@@ -732,12 +731,12 @@ def singular_values(factors: Factors, c: jax.Array, s: jax.Array, v: jax.Array) 
     """
 
     def values(factors, c, s, v):
-        t = scaled(factors.t, factors.down)
+        operator = Operator(factors.t, factors.halves)
         if factors.q is None:
-            u = orthonormalised(lax.stop_gradient(Operator(factors.t, factors.down).times(c)))
+            u = orthonormalised(lax.stop_gradient(operator.times(c)))
         else:
             u = mm(factors.qt.mT, c)
-        return singular_triplets(t, lax.stop_gradient(u), s, v)[1]
+        return singular_triplets(operator.scaled, lax.stop_gradient(u), s, v)[1]
 
     # Under a vmap over right-hand sides alone the values have no batch, and nor may their derivative.
     factors = factors._replace(solved=None)

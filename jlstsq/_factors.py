@@ -31,7 +31,7 @@ from ._numerics import (
     transposed,
     where_matrix,
 )
-from ._operator import Operator
+from ._operator import Operator, halves
 from ._reduce import cholesky, householder, orthonormal, project, squared_residuals, triangle
 from ._scaling import column_scales, scale_columns
 
@@ -55,7 +55,9 @@ class Factored(NamedTuple):
 
     def factors(self, t: jax.Array) -> Factors:
         """With the differentiable T."""
-        return Factors(t, self.q, self.r, self.cut, gram=self.gram, down=self.down, solved=self.solved)
+        return Factors(
+            t, self.q, self.r, self.cut, gram=self.gram, halves=halves(self.down), solved=self.solved
+        )
 
 
 def _by_gram(t: jax.Array) -> bool:
@@ -74,11 +76,11 @@ def _factorise(
         q, turned, decision, y = cut(driver, adjoint, q, r, rcond, finite, proven, c)
         if adjoint:
             # T y is as accurate as Q (Paige 1973).
-            return q, turned, decision, (Operator(t, down).times(y), -y, None)
+            return q, turned, decision, (Operator(t, halves(down)).times(y), -y, None)
         rho = squared_residuals(scaled(t, down), b, r, c, tail, y)
         if keep and v is None:
             # With the error of y, and so has what a derivative multiplies it with.
-            v = b - Operator(t, down).times(y)
+            v = b - Operator(t, halves(down)).times(y)
         return q, turned, decision, (v if keep else None, y, rho)
 
     if not _by_gram(t):

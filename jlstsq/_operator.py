@@ -14,6 +14,8 @@ from ._numerics import H, mm, power_of_two, scaled, varying
 
 # Columns from which XLA on CPU sums a product with the adjoint as well in the other order.
 _FEW = 8
+# Columns of small matrices of a batch.
+_TINY = 4
 # Rows at a time in another precision.
 _ROWS = 2000
 
@@ -21,9 +23,12 @@ _ROWS = 2000
 def adjoint_times(q: jax.Array, b: jax.Array) -> jax.Array:
     """Q^H b, for few columns as (b^H Q)^H: XLA on CPU then reads a tall Q row by row.
 
-    For as many as Q has the transpose of b would be one more array of its size.
+    For as many as Q has the transpose of b would be one more array of its size. Small matrices of a batch by
+    sums: what a derivative makes of a product, Q times a matrix of few columns, may take ten times as long.
     """
     columns = q.shape[-1]
+    if q.ndim > 2 and columns <= _TINY and 1 < b.shape[-1] <= _TINY:
+        return jnp.stack([(q[..., i, None].conj() * b).sum(-2) for i in range(columns)], axis=-2)
     return mm(H(q), b) if columns < _FEW or b.shape[-1] >= columns else H(mm(H(b), q))
 
 
@@ -60,37 +65,48 @@ def _times(q: jax.Array, z: jax.Array) -> jax.Array:
     return jnp.concatenate([out.reshape(rows, z.shape[-1]), whole(q[rows:])])
 
 
+Halves = tuple[jax.Array, jax.Array]
+
+
+def halves(down: jax.Array) -> Halves:
+    """Of a scale: one for before a product and one for after it, so that nothing overflows."""
+    before, _ = power_of_two(jnp.sqrt(down))
+    return before, down / before
+
+
 class Operator(NamedTuple):
     """F = `down` T E."""
 
     t: jax.Array  # (*batch, m, n)
-    down: jax.Array | None = None  # (*batch) a power of two; None: 1
+    halves: Halves | None = None  # (*batch) of `down`, a power of two; None: 1
     e: jax.Array | None = None  # (*batch, n, columns); None: the identity
 
     @property
     def columns(self) -> int:
         return (self.t if self.e is None else self.e).shape[-1]
 
+    @property
+    def down(self) -> jax.Array | None:
+        return None if self.halves is None else self.halves[0] * self.halves[1]
+
+    @property
+    def scaled(self) -> jax.Array:
+        """`down` T, formed."""
+        return scaled(self.t, self.down)
+
     def zeros(self, b: jax.Array, rows: bool) -> jax.Array:
         """As many as F has rows (columns), for each column of b."""
         count = self.t.shape[-2] if rows else self.columns
         return jnp.zeros((*self.t.shape[:-2], count, b.shape[-1]), self.t.dtype)
 
-    def _halves(self, a: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of the scale: one for before a product and one for after it, so that nothing overflows."""
-        assert self.down is not None
-        before, _ = power_of_two(jnp.sqrt(self.down))
-        after = self.down / before
-        return before[..., None, None].astype(a.dtype), after[..., None, None].astype(a.dtype)
-
     def _scaled(self, product: Callable, z: jax.Array) -> jax.Array:
         """`product` of `down` T and z: the smaller ones are scaled, T or z and the result."""
-        if self.down is None:
+        if self.halves is None:
             return product(self.t, z)
         if z.shape[-1] > self.t.shape[-1]:
-            return product(scaled(self.t, self.down), z)
-        before, after = self._halves(z)
-        return product(self.t, z * before) * after
+            return product(self.scaled, z)
+        before, after = self.halves
+        return scaled(product(self.t, scaled(z, before)), after)
 
     def times(self, z: jax.Array) -> jax.Array:
         """F z."""
