@@ -2,7 +2,7 @@
 
 What takes time is compiling. So programs are compiled without LLVM's expensive passes and as `light` says, in
 a quarter of the time, save where that matters (the marker `optimised`). And `gelss`, on a CPU the program of
-gelsd, is slow.
+gelsd, is slow, and what takes long to compile in double precision too (the marker `single_first`).
 """
 
 import gc
@@ -41,7 +41,10 @@ def pytest_collection_modifyitems(items):
         if elsewhere and item.get_closest_marker("cpu"):
             item.add_marker(pytest.mark.skip(reason="of programs compiled for the CPU"))
         name = getattr(item, "callspec", None)
-        if name is not None and name.params.get("driver") == "gelss":
+        if name is None:
+            continue
+        single_first = item.get_closest_marker("single_first") and name.params.get("precision")
+        if single_first or name.params.get("driver") == "gelss":
             item.add_marker(pytest.mark.slow)
 
 

@@ -95,6 +95,7 @@ def test_is_lstsq(driver, x64):
             np.testing.assert_allclose(x, y, rtol=1e-10)
 
 
+@pytest.mark.single_first
 def test_dtypes(precision):
     A, b = np.array([[1, 0], [0, 2], [1, 1]]), np.array([1, 2, 3])
     full = jnp.zeros(()).dtype

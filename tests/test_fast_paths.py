@@ -31,6 +31,7 @@ def attempt_at(driver, wide, A, b):
     return out and out._replace(singular_values=None)
 
 
+@pytest.mark.single_first
 @pytest.mark.parametrize("shape", [(400, 20), (20, 3), (7, 1), (50, 50)], ids=str)
 def test_accepted_solutions_are_right(shape, precision):
     """Over a sweep of condition numbers: where the fast path says solved, Wedin's bound holds."""
@@ -143,6 +144,7 @@ def test_double_sums_lose_no_digit_of_single_precision(batch, precision):
             assert (error <= 2 * np.linalg.norm(theirs - exact) + rounding).all()
 
 
+@pytest.mark.single_first
 @pytest.mark.parametrize("shape", [(60, 9), pytest.param((9, 60), marks=pytest.mark.slow)], ids=str)
 def test_accepted_gradients_are_right(shape, precision, monkeypatch):
     """Over a sweep of condition numbers: without Q as accurate as with Q, to the gradient's own rounding."""
@@ -175,6 +177,7 @@ def test_accepted_gradients_are_right(shape, precision, monkeypatch):
             assert np.linalg.norm(x - y) <= 20 * eps * kappa * np.linalg.norm(y)
 
 
+@pytest.mark.single_first
 @pytest.mark.parametrize("shape", [(400, 20), (20, 400), (20, 3), (3, 20), (7, 1), (1, 7)], ids=str)
 def test_singular_values_are_backward_stable(shape, precision):
     """Also those of the second pass over the data, at every condition number."""
@@ -193,6 +196,7 @@ def test_singular_values_are_backward_stable(shape, precision):
     assert abs(alone - exact[5]).max() <= 20 * np.finfo(dtype).eps * exact[5, 0]
 
 
+@pytest.mark.single_first
 @pytest.mark.parametrize("kappa", [1e1, 1e5, 1e12])
 def test_sketch_is_as_good_as_householder(kappa, precision):
     dtype = np.float64 if precision else np.float32
@@ -223,6 +227,7 @@ def test_sketch_is_as_good_as_householder(kappa, precision):
         assert kappa * eps > 1e-2
 
 
+@pytest.mark.single_first
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("kappa", [1e1, 1e5, 1e14])
 def test_factors_from_a_triangle(kappa, scaled, precision):
@@ -283,6 +288,7 @@ def test_corrected_product(x64):
     assert (product > 3 * error.max()).any()
 
 
+@pytest.mark.single_first
 @pytest.mark.parametrize("power", [pytest.param(-900, marks=pytest.mark.slow), 1005])
 def test_ends_of_the_range(power, precision):
     """What scales T is not lost in a small matrix: values through the sketch, gradients of what truncates."""
@@ -309,6 +315,7 @@ def test_ends_of_the_range(power, precision):
             np.testing.assert_allclose(here, expected, rtol=0, atol=200 * np.finfo(dtype).eps * largest)
 
 
+@pytest.mark.single_first
 def test_sketch_drops_nothing_that_counts(precision):
     """Columns that depend on others to 30 eps: gels has an answer, and rcond = eps the full rank."""
     eps = np.finfo(np.float64 if precision else np.float32).eps

@@ -18,7 +18,15 @@ pytestmark = pytest.mark.optimised
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-@pytest.mark.parametrize("shape", [(20000, 8, 3), (3, 9000, 4, 2), (12000, 2, 4), (600000, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (20000, 8, 3),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ((3, 9000, 4, 2), (12000, 2, 4))),
+        (600000, 2),
+    ],
+    ids=str,
+)
 def test_float32(driver, shape):
     # The default, eps * m = 0.07 at 600 000 rows, may truncate.
     rcond = 1e-6 if driver != "gels" and shape == (600000, 2) else None
@@ -80,19 +88,10 @@ def test_blocks(driver, x64):
         assert result.rank[1, 500] == 9
 
 
-MEMORY = [((10000, 50), "gels")]  # in the default run
-
-
+@pytest.mark.slow
 @pytest.mark.cpu
-@pytest.mark.parametrize(
-    ("shape", "driver"),
-    [
-        pytest.param(shape, driver, marks=() if (shape, driver) in MEMORY else pytest.mark.slow)
-        for shape in ((10000, 50), (30000, 20), (1000, 64, 32))
-        for driver in DRIVERS[:3]  # gelss is gelsd on a CPU
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("driver", DRIVERS[:3])  # gelss is gelsd on a CPU
+@pytest.mark.parametrize("shape", [(10000, 50), (30000, 20), (1000, 64, 32)], ids=str)
 def test_memory(shape, driver, x64):
     """Temporary memory in sizes of A: of a value and of gradients, every branch counted."""
     A, b = (jax.ShapeDtypeStruct(s, np.float64) for s in (shape, shape[:-1]))
@@ -115,8 +114,16 @@ def test_memory(shape, driver, x64):
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("driver", DRIVERS)
-@pytest.mark.parametrize("gradient", [False, True], ids=["value", "gradient"])
+@pytest.mark.parametrize(
+    ("driver", "gradient"),
+    [
+        pytest.param(
+            driver, gradient, marks=() if (driver, gradient) == ("gelsy", True) else pytest.mark.slow
+        )
+        for driver in DRIVERS
+        for gradient in (False, True)
+    ],
+)
 def test_no_library_call_is_split_among_threads(driver, gradient):
     """Two batched LAPACK calls at once wait for each other for ever on two cores (jaxlib 0.10, 0.11)."""
     A, B = (jax.ShapeDtypeStruct((3000, 12, columns), np.float32) for columns in (10, 1))

@@ -267,6 +267,7 @@ def test_no_rank_is_promoted(shape, driver, x64):
             jax.eval_shape(jax.hessian(value), A, B)
 
 
+@pytest.mark.single_first
 @pytest.mark.parametrize("driver", LONGEST)
 @pytest.mark.parametrize("gradient", [False, True], ids=["value", "gradient"])
 @pytest.mark.parametrize("batch", [(), pytest.param((2,), marks=pytest.mark.slow)], ids=str)
