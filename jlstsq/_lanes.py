@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._numerics import abs2, largest_entry, materialized, power_of_two, reflector, varying
+from ._numerics import abs2, largest_entry, materialized, power_of_two, varying
 
 # A block stays in the cache, and small: XLA on CPU (jax 0.10.2) gives wrong numbers for a fused
 # product and sum over 8192 float32 lanes or more.
@@ -48,12 +48,39 @@ def _loop(count: int, body: Callable, start: Any, *data: Any) -> Any:
     return lax.fori_loop(0, count, body, varying(start, *data), unroll=count <= _UNROLLED)
 
 
+def _reflector(x: jax.Array, j: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """v, tau, beta with (I - conj(tau) v v^H) x = beta e_j for the entries from j on (xLARFG).
+
+    Of the columns x (m, ...), which lie in the first axis and are of order one: one of which so little is
+    left that squares lose digits to underflow counts as zero. Squares half lost make H_j far from unitary.
+    """
+    rows = jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
+    # On CPU that doubles the time of a batch in lanes, and v is masked by the one test that is made.
+    x = lax.platform_dependent(x, cpu=lambda x: x, default=materialized)
+    alpha = x[j]
+    below = jnp.where(rows > j, x, 0)
+    tail = abs2(below).sum(0)
+    squares = abs2(alpha) + tail
+    info = jnp.finfo(x.dtype)
+    nothing = squares <= float(info.tiny) / float(info.eps)
+    norm = jnp.sqrt(squares)
+    beta = jnp.where(alpha.real > 0, -norm, norm).astype(x.dtype)
+    # Nothing to reflect: H_j = I, as in LAPACK. A complex pivot is still made real.
+    trivial = (tail == 0) & (alpha.imag == 0) if jnp.iscomplexobj(x) else tail == 0
+    trivial = trivial | nothing
+    elsewhere = trivial[None] & (rows != j)
+    tau = jnp.where(trivial, 0, (beta - alpha) / jnp.where(trivial, 1, beta))
+    pivot = jnp.where(trivial, 1, alpha - beta)
+    v = jnp.where(rows == j, 1, below / pivot[None])
+    return jnp.where(elsewhere, 0, v), tau, jnp.where(nothing, 0, jnp.where(trivial, alpha, beta))
+
+
 def _reflect(j: Any, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One Householder step on w (m, columns, lanes), column j becomes beta e_j from row j on; v and tau."""
     rows = jnp.arange(w.shape[0])[:, None]
     columns = jnp.arange(w.shape[1])[:, None]
     x = w[:, j]
-    v, tau, beta = reflector(x, j)
+    v, tau, beta = _reflector(x, j)
     row = jnp.where(columns > j, (v.conj()[:, None] * w).sum(0), 0)
     w = w - v[:, None] * (jnp.conj(tau)[None] * row)[None]
     column = jnp.where(rows == j, beta, jnp.where(rows < j, x, 0))

@@ -39,33 +39,6 @@ def materialized(tree: Any) -> Any:
     return lax.optimization_barrier(tree)
 
 
-def reflector(x: jax.Array, j: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """v, tau, beta with (I - conj(tau) v v^H) x = beta e_j for the entries from j on (xLARFG).
-
-    Of the columns x (m, ...), which lie in the first axis and are of order one: one of which so little is
-    left that squares lose digits to underflow counts as zero. Squares half lost make H_j far from unitary.
-    """
-    rows = jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
-    # On CPU that doubles the time of a batch in lanes, and v is masked by the one test that is made.
-    x = lax.platform_dependent(x, cpu=lambda x: x, default=materialized)
-    alpha = x[j]
-    below = jnp.where(rows > j, x, 0)
-    tail = abs2(below).sum(0)
-    squares = abs2(alpha) + tail
-    info = jnp.finfo(x.dtype)
-    nothing = squares <= float(info.tiny) / float(info.eps)
-    norm = jnp.sqrt(squares)
-    beta = jnp.where(alpha.real > 0, -norm, norm).astype(x.dtype)
-    # Nothing to reflect: H_j = I, as in LAPACK. A complex pivot is still made real.
-    trivial = (tail == 0) & (alpha.imag == 0) if jnp.iscomplexobj(x) else tail == 0
-    trivial = trivial | nothing
-    elsewhere = trivial[None] & (rows != j)
-    tau = jnp.where(trivial, 0, (beta - alpha) / jnp.where(trivial, 1, beta))
-    pivot = jnp.where(trivial, 1, alpha - beta)
-    v = jnp.where(rows == j, 1, below / pivot[None])
-    return jnp.where(elsewhere, 0, v), tau, jnp.where(nothing, 0, jnp.where(trivial, alpha, beta))
-
-
 def in_double(shape: tuple[int, ...], dtype: Any) -> bool:
     """Whether on CPU data of single precision has its Gram matrix and what goes with it in double precision.
 
