@@ -99,7 +99,7 @@ class Operator(NamedTuple):
         count = self.t.shape[-2] if rows else self.columns
         return jnp.zeros((*self.t.shape[:-2], count, b.shape[-1]), self.t.dtype)
 
-    def _scaled(self, product: Callable, z: jax.Array) -> jax.Array:
+    def _applied(self, product: Callable, z: jax.Array) -> jax.Array:
         """`product` of `down` T and z: the smaller ones are scaled, T or z and the result."""
         if self.halves is None:
             return product(self.t, z)
@@ -110,9 +110,9 @@ class Operator(NamedTuple):
 
     def times(self, z: jax.Array) -> jax.Array:
         """F z."""
-        return self._scaled(_times, z if self.e is None else mm(self.e.astype(z.dtype), z))
+        return self._applied(_times, z if self.e is None else mm(self.e.astype(z.dtype), z))
 
     def adjoint_times(self, v: jax.Array) -> jax.Array:
         """F^H v."""
-        z = self._scaled(_adjoint_times, v)
+        z = self._applied(_adjoint_times, v)
         return z if self.e is None else mm(H(self.e).astype(z.dtype), z)

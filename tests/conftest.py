@@ -40,11 +40,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if elsewhere and item.get_closest_marker("cpu"):
             item.add_marker(pytest.mark.skip(reason="of programs compiled for the CPU"))
-        name = getattr(item, "callspec", None)
-        if name is None:
-            continue
-        single_first = item.get_closest_marker("single_first") and name.params.get("precision")
-        if single_first or name.params.get("driver") == "gelss":
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        double = item.get_closest_marker("single_first") and params.get("precision")
+        if double or params.get("driver") == "gelss":
             item.add_marker(pytest.mark.slow)
 
 
