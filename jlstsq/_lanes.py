@@ -21,6 +21,8 @@ from ._numerics import abs2, largest_entry, materialized, power_of_two, varying
 # A block stays in the cache, and small: XLA on CPU (jax 0.10.2) gives wrong numbers for a fused
 # product and sum over 8192 float32 lanes or more.
 LANES = 256
+# Of factorisations with Q or singular vectors, which take more room.
+FACTORS = LANES // 2
 _SWEEPS = 16
 # Loops over so few columns are unrolled. On GPU more would save kernels, but what `materialized` is for was
 # seen there before it was made: singular values of 8 x 3 wrong by 0.2 where three rotations were unrolled.
@@ -337,29 +339,30 @@ def _turned(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return u, s, rows
 
 
-def over_blocks(fun: Callable, *args: jax.Array) -> Any:
+def over_blocks(fun: Callable, *args: jax.Array, lanes: int = LANES) -> Any:
     """`fun` of the leading axis of its arguments, on CPU block by block."""
     n = args[0].shape[0]
-    if n <= LANES:
+    if n <= lanes:
         return fun(*args)
 
     def cpu(*args):
-        blocks = -(-n // LANES)
+        blocks = -(-n // lanes)
         padded = (
-            jnp.pad(a, [(0, blocks * LANES - n)] + [(0, 0)] * (a.ndim - 1)).reshape(
-                blocks, LANES, *a.shape[1:]
+            jnp.pad(a, [(0, blocks * lanes - n)] + [(0, 0)] * (a.ndim - 1)).reshape(
+                blocks, lanes, *a.shape[1:]
             )
             for a in args
         )
         out = lax.map(lambda block: fun(*block), tuple(padded))
-        return jax.tree.map(lambda a: a.reshape(blocks * LANES, *a.shape[2:])[:n], out)
+        return jax.tree.map(lambda a: a.reshape(blocks * lanes, *a.shape[2:])[:n], out)
 
     return lax.platform_dependent(*args, cpu=cpu, default=fun)
 
 
 def _batched(fun: Callable, *args: jax.Array) -> tuple[jax.Array, ...]:
     batch = args[0].shape[:-2]
-    out = over_blocks(fun, *(a.reshape(math.prod(batch), *a.shape[len(batch) :]) for a in args))
+    flat = (a.reshape(math.prod(batch), *a.shape[len(batch) :]) for a in args)
+    out = over_blocks(fun, *flat, lanes=FACTORS)
     return tuple(a.reshape(*batch, *a.shape[1:]) for a in out)
 
 
