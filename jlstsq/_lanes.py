@@ -21,7 +21,7 @@ from ._numerics import abs2, largest_entry, materialized, power_of_two, varying
 # A block stays in the cache, and small: XLA on CPU (jax 0.10.2) gives wrong numbers for a fused
 # product and sum over 8192 float32 lanes or more.
 LANES = 256
-# Of factorisations with Q or singular vectors, which take more room.
+# Of what is called with the batch first: Q, singular vectors and what rides along take more room than values.
 FACTORS = LANES // 2
 _SWEEPS = 16
 # Loops over so few columns are unrolled. On GPU more would save kernels, but what `materialized` is for was
