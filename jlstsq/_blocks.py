@@ -9,18 +9,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._lanes import LANES
 from ._numerics import varying
 
 # A block of matrices has a multiple of this many, and entries up to (of the largest argument):
 _FEWEST, _ENTRIES = 8, 1 << 14
+# Of matrices of so few entries it has whole lanes, and fewer entries than that if it can: sums over their
+# triangles stay in loops then (`_lanes`).
+_TINY, _TINY_ENTRIES = 64, 1 << 13
 
 
-def of_matrices(fun: Callable[..., tuple], fewest: int = _FEWEST) -> Callable[..., tuple]:
+def of_matrices(fun: Callable[..., tuple], size: int | None = None) -> Callable[..., tuple]:
     """`fun`, whose first argument is T (*batch, m, p), in blocks of that batch."""
-    return lambda t, *args: in_blocks(fun, t.shape[:-2], t, *args, fewest=fewest)
+    return lambda t, *args: in_blocks(fun, t.shape[:-2], t, *args, size=size)
 
 
-def in_blocks(fun: Callable[..., tuple], batch: tuple, *args: jax.Array, fewest: int = _FEWEST) -> tuple:
+def in_blocks(fun: Callable[..., tuple], batch: tuple, *args: jax.Array, size: int | None = None) -> tuple:
     """`fun` of arrays with the leading dimensions `batch`, as its results have.
 
     What `fun` makes on the way, several arrays as large as the data, then stays in the cache, and its
@@ -32,7 +36,11 @@ def in_blocks(fun: Callable[..., tuple], batch: tuple, *args: jax.Array, fewest:
     if not alike or not all(isinstance(d, int) for d in (*batch, *chain(*shapes))):
         return fun(*args)
     largest = max(math.prod(shape) for shape in shapes)
-    count, size = math.prod(batch), max(1, _ENTRIES // max(1, largest) // fewest) * fewest
+    count = math.prod(batch)
+    if size is None:
+        tiny = largest <= _TINY
+        fewest, entries = (LANES, _TINY_ENTRIES - 1) if tiny else (_FEWEST, _ENTRIES)
+        size = max(1, entries // max(1, largest) // fewest) * fewest
     if count < 2 * size or not largest:
         return fun(*args)
 

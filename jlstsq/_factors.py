@@ -171,8 +171,8 @@ def factorise(driver: str, adjoint: bool) -> Callable[..., Factored]:
         columns = len(jax.tree.leaves(of_columns))
         columns_out = (False,) * (structure.num_leaves - columns) + (True,) * columns
         # Many right-hand sides make blocks small; lanes are to be filled all the same.
-        in_lanes = lanes.worthwhile(t.shape)
-        in_blocks = of_matrices(leaves, lanes.FACTORS) if in_lanes else of_matrices(leaves)
+        many = lanes.worthwhile(t.shape) and not lanes.worthwhile(b.shape)
+        in_blocks = of_matrices(leaves, lanes.LANES if many else None)
         batched = native_batch(in_blocks, 2, columns_out)
         out = jax.tree.unflatten(structure, batched(t, rcond, b))
         return out._replace(gram=out.gram and out.gram._replace(inverse=out.r))

@@ -21,8 +21,9 @@ from ._numerics import abs2, largest_entry, materialized, power_of_two, varying
 # A block stays in the cache, and small: XLA on CPU (jax 0.10.2) gives wrong numbers for a fused
 # product and sum over 8192 float32 lanes or more.
 LANES = 256
-# Of what is called with the batch first: Q, singular vectors and what rides along take more room than values.
-FACTORS = LANES // 2
+# Sums and maxima over so many real entries XLA on CPU (jax 0.10.2, 0.11.2) gives to a library, for which all
+# terms are written first: QR then takes one and a half to two times as long as in loops that make them.
+_LIBRARY = 1 << 12
 _SWEEPS = 16
 # Loops over so few columns are unrolled. On GPU more would save kernels, but what `materialized` is for was
 # seen there before it was made: singular values of 8 x 3 wrong by 0.2 where three rotations were unrolled.
@@ -339,9 +340,15 @@ def _turned(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return u, s, rows
 
 
-def over_blocks(fun: Callable, *args: jax.Array, lanes: int = LANES) -> Any:
-    """`fun` of the leading axis of its arguments, on CPU block by block."""
-    n = args[0].shape[0]
+def over_blocks(fun: Callable, *args: jax.Array, entries: int) -> Any:
+    """`fun` of the leading axis of its arguments, on CPU block by block.
+
+    `fun` sums over so many `entries` of each matrix. A block is a power of two, which divides `LANES`.
+    """
+    n, lanes = args[0].shape[0], LANES
+    if not jnp.iscomplexobj(args[0]):
+        most = max(1, (_LIBRARY - 1) // max(1, entries))
+        lanes = min(lanes, 1 << (most.bit_length() - 1))
     if n <= lanes:
         return fun(*args)
 
@@ -361,8 +368,9 @@ def over_blocks(fun: Callable, *args: jax.Array, lanes: int = LANES) -> Any:
 
 def _batched(fun: Callable, *args: jax.Array) -> tuple[jax.Array, ...]:
     batch = args[0].shape[:-2]
-    flat = (a.reshape(math.prod(batch), *a.shape[len(batch) :]) for a in args)
-    out = over_blocks(fun, *flat, lanes=FACTORS)
+    shapes = [a.shape[len(batch) :] for a in args]
+    flat = (a.reshape(math.prod(batch), *shape) for a, shape in zip(args, shapes, strict=True))
+    out = over_blocks(fun, *flat, entries=sum(math.prod(shape) for shape in shapes))
     return tuple(a.reshape(*batch, *a.shape[1:]) for a in out)
 
 

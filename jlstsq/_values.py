@@ -126,9 +126,9 @@ def _in_blocks(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.A
     # Thresholds alone may have a longer batch.
     if rcond.shape != t.shape[:-2]:
         return solve(t, rcond, b)
-    in_lanes = lanes.worthwhile(t.shape, b.shape)
-    in_blocks = of_matrices(solve, 4 * lanes.LANES) if in_lanes else of_matrices(solve)
-    return in_blocks(t, rcond, b)
+    # Values in lanes are made in blocks of their own; larger ones around these are for what is hard.
+    size = 4 * lanes.LANES if lanes.worthwhile(t.shape, b.shape) else None
+    return of_matrices(solve, size)(t, rcond, b)
 
 
 @cache
