@@ -25,6 +25,20 @@ def triangles(p, dtype):
     return A.astype(dtype)
 
 
+def in_library(fun, *shapes):
+    """Whether XLA on CPU gives a sum or maximum of it to a library (`_lanes._LIBRARY`)."""
+    data = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return "ynn_fusion" in jax.jit(fun).lower(*data).compile().as_text()
+
+
+def test_sums_stay_in_loops():
+    if not in_library(lambda a: (a * a).sum(0), (8, 512)):
+        pytest.skip("this XLA, or this processor, has no such library")
+    assert not in_library(lambda a: (a * a).sum(0), (8, 511))
+    assert not in_library(lanes.qr, (1000, 8, 8))
+    assert not in_library(lanes.pivoted_qr, (1000, 8, 8), (1000, 8, 1))
+
+
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow), "complex128"])
 @pytest.mark.parametrize("p", [1, 2, pytest.param(3, marks=pytest.mark.slow), 6])
 def test_decompositions(p, dtype, x64):
