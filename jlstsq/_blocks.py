@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._lanes import LANES
+from . import _lanes as lanes
 from ._numerics import varying
 
 # A block of matrices has a multiple of this many, and entries up to (of the largest argument):
 _FEWEST, _ENTRIES = 8, 1 << 14
-# Of matrices of so few entries it has whole lanes, and fewer entries than that if it can: sums over their
-# triangles stay in loops then (`_lanes`).
-_TINY, _TINY_ENTRIES = 64, 1 << 13
+# A block of small matrices has whole lanes, and if it can no more entries than this: sums over triangles then
+# stay in loops (`_lanes`).
+_SMALL_ENTRIES = (1 << 13) - 1
 
 
 def of_matrices(fun: Callable[..., tuple], size: int | None = None) -> Callable[..., tuple]:
@@ -38,8 +38,8 @@ def in_blocks(fun: Callable[..., tuple], batch: tuple, *args: jax.Array, size: i
     largest = max(math.prod(shape) for shape in shapes)
     count = math.prod(batch)
     if size is None:
-        tiny = largest <= _TINY
-        fewest, entries = (LANES, _TINY_ENTRIES - 1) if tiny else (_FEWEST, _ENTRIES)
+        small = largest <= lanes.ENTRIES
+        fewest, entries = (lanes.LANES, _SMALL_ENTRIES) if small else (_FEWEST, _ENTRIES)
         size = max(1, entries // max(1, largest) // fewest) * fewest
     if count < 2 * size or not largest:
         return fun(*args)

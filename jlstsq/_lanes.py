@@ -30,6 +30,8 @@ _SWEEPS = 16
 _UNROLLED = 2
 
 
+# Columns and entries up to which matrices are small.
+_COLUMNS, ENTRIES = 8, 64
 # Columns, real and complex, up to which a batch is faster here than by what else there is on CPU: the
 # library's QR of [T, b] and SVD (ten times at two columns).
 PROJECT, SVD = (3, 3), (6, 4)
@@ -43,7 +45,7 @@ def few(a: jax.Array, columns: tuple[int, int]) -> bool:
 def worthwhile(*shapes: tuple) -> bool:
     """Whether matrices of these shapes are small; symbolic dimensions are large."""
     known = all(isinstance(d, int) for shape in shapes for d in shape)
-    return known and all(shape[-1] <= 8 and shape[-1] * shape[-2] <= 64 for shape in shapes)
+    return known and all(shape[-1] <= _COLUMNS and shape[-1] * shape[-2] <= ENTRIES for shape in shapes)
 
 
 def _loop(count: int, body: Callable, start: Any, *data: Any) -> Any:
