@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _lanes as lanes
-from ._numerics import varying
+from ._numerics import ENTRIES, varying
+from ._platform import platform_dependent
 
 # A block of matrices has a multiple of this many, and entries up to (of the largest argument):
 _FEWEST, _ENTRIES = 8, 1 << 14
 # A block of small matrices has whole lanes, and if it can no more entries than this: sums over triangles then
 # stay in loops (`_lanes`).
-_SMALL_ENTRIES = (1 << 13) - 1
+_SMALL_ENTRIES = (1 << 12) - 1
 
 
 def of_matrices(fun: Callable[..., tuple], size: int | None = None) -> Callable[..., tuple]:
@@ -38,8 +39,7 @@ def in_blocks(fun: Callable[..., tuple], batch: tuple, *args: jax.Array, size: i
     largest = max(math.prod(shape) for shape in shapes)
     count = math.prod(batch)
     if size is None:
-        small = largest <= lanes.ENTRIES
-        fewest, entries = (lanes.LANES, _SMALL_ENTRIES) if small else (_FEWEST, _ENTRIES)
+        fewest, entries = (lanes.LANES, _SMALL_ENTRIES) if largest <= ENTRIES else (_FEWEST, _ENTRIES)
         size = max(1, entries // max(1, largest) // fewest) * fewest
     if count < 2 * size or not largest:
         return fun(*args)
@@ -64,4 +64,4 @@ def in_blocks(fun: Callable[..., tuple], batch: tuple, *args: jax.Array, size: i
         out = lax.fori_loop(0, -(-count // size), one, varying(start, args))
         return tuple(o.reshape(*batch, *o.shape[1:]) for o in out)
 
-    return lax.platform_dependent(*args, cpu=block_by_block, default=fun)
+    return platform_dependent(*args, cpu=block_by_block, default=fun)

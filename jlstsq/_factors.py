@@ -28,6 +28,7 @@ from ._numerics import (
     pick,
     power_of_two,
     scaled,
+    small,
     transposed,
     where_matrix,
 )
@@ -61,7 +62,7 @@ class Factored(NamedTuple):
 
 
 def _by_gram(t: jax.Array) -> bool:
-    return cholesky.worthwhile(t.shape, t.dtype) and not lanes.worthwhile(t.shape)
+    return cholesky.worthwhile(t.shape, t.dtype) and not small(t.shape)
 
 
 def _factorise(
@@ -171,7 +172,7 @@ def factorise(driver: str, adjoint: bool) -> Callable[..., Factored]:
         columns = len(jax.tree.leaves(of_columns))
         columns_out = (False,) * (structure.num_leaves - columns) + (True,) * columns
         # Many right-hand sides make blocks small; lanes are to be filled all the same.
-        many = lanes.worthwhile(t.shape) and not lanes.worthwhile(b.shape)
+        many = small(t.shape) and not small(b.shape)
         in_blocks = of_matrices(leaves, lanes.LANES if many else None)
         batched = native_batch(in_blocks, 2, columns_out)
         out = jax.tree.unflatten(structure, batched(t, rcond, b))

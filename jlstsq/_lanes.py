@@ -10,28 +10,26 @@ What other modules call with the batch first is `qr`, `svd` and the like; the ot
 
 import math
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._numerics import abs2, largest_entry, materialized, power_of_two, varying
+from ._kernel import LIBRARY, largest_sum, one_kernel
+from ._numerics import abs2, largest_entry, materialized, power_of_two, small, varying
+from ._platform import on_cpu, platform_dependent
 
 # A block stays in the cache, and small: XLA on CPU (jax 0.10.2) gives wrong numbers for a fused
 # product and sum over 8192 float32 lanes or more.
-LANES = 256
-# Sums and maxima over so many real entries XLA on CPU (jax 0.10.2, 0.11.2) gives to a library, for which all
-# terms are written first: QR then takes one and a half to two times as long as in loops that make them.
-_LIBRARY = 1 << 12
+LANES = 64
 _SWEEPS = 16
 # Loops over so few columns are unrolled. On GPU more would save kernels, but what `materialized` is for was
 # seen there before it was made: singular values of 8 x 3 wrong by 0.2 where three rotations were unrolled.
 _UNROLLED = 2
 
 
-# Columns and entries up to which matrices are small.
-_COLUMNS, ENTRIES = 8, 64
 # Columns, real and complex, up to which a batch is faster here than by what else there is on CPU: the
 # library's QR of [T, b] and SVD (ten times at two columns).
 PROJECT, SVD = (3, 3), (6, 4)
@@ -39,13 +37,7 @@ PROJECT, SVD = (3, 3), (6, 4)
 
 def few(a: jax.Array, columns: tuple[int, int]) -> bool:
     """Whether a is a batch of small matrices of at most so many columns, real and complex."""
-    return a.ndim > 2 and worthwhile(a.shape) and a.shape[-1] <= columns[jnp.iscomplexobj(a)]
-
-
-def worthwhile(*shapes: tuple) -> bool:
-    """Whether matrices of these shapes are small; symbolic dimensions are large."""
-    known = all(isinstance(d, int) for shape in shapes for d in shape)
-    return known and all(shape[-1] <= _COLUMNS and shape[-1] * shape[-2] <= ENTRIES for shape in shapes)
+    return a.ndim > 2 and small(a.shape) and a.shape[-1] <= columns[jnp.iscomplexobj(a)]
 
 
 def _loop(count: int, body: Callable, start: Any, *data: Any) -> Any:
@@ -60,8 +52,7 @@ def _reflector(x: jax.Array, j: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     left that squares lose digits to underflow counts as zero. Squares half lost make H_j far from unitary.
     """
     rows = jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
-    # On CPU that doubles the time of a batch in lanes, and v is masked by the one test that is made.
-    x = lax.platform_dependent(x, cpu=lambda x: x, default=materialized)
+    x = materialized(x)
     alpha = x[j]
     below = jnp.where(rows > j, x, 0)
     tail = abs2(below).sum(0)
@@ -284,9 +275,10 @@ def by_size(s: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
     place = ((other > mine) | ((other == mine) & earlier)).sum(1)
 
     def sort(a):
-        chosen = place[None] == index[:, None, None]
-        chosen = chosen.reshape(*chosen.shape[:2], *(1,) * (a.ndim - 2), -1)
-        return jnp.where(chosen, a[None], 0).sum(1)
+        # Not one sum, which would have p times the terms of any other.
+        places = place.reshape(place.shape[0], *(1,) * (a.ndim - 2), -1)
+        to = index.reshape(-1, *(1,) * (a.ndim - 1))
+        return reduce(jnp.add, (jnp.where(places[i] == to, a[i], 0) for i in range(a.shape[0])))
 
     return tuple(sort(a) for a in (s, *others))
 
@@ -342,19 +334,20 @@ def _turned(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return u, s, rows
 
 
-def over_blocks(fun: Callable, *args: jax.Array, entries: int) -> Any:
-    """`fun` of the leading axis of its arguments, on CPU block by block.
-
-    `fun` sums over so many `entries` of each matrix. A block is a power of two, which divides `LANES`.
-    """
-    n, lanes = args[0].shape[0], LANES
-    if not jnp.iscomplexobj(args[0]):
-        most = max(1, (_LIBRARY - 1) // max(1, entries))
-        lanes = min(lanes, 1 << (most.bit_length() - 1))
-    if n <= lanes:
+def over_blocks(fun: Callable, *args: jax.Array) -> Any:
+    """`fun` of the leading axis of its arguments; on CPU in blocks of up to `LANES`, in one kernel."""
+    n = args[0].shape[0]
+    if n <= LANES and not on_cpu():
         return fun(*args)
 
     def cpu(*args):
+        block, lanes = jax.jit(fun), min(n, LANES)
+        sizes = (jax.ShapeDtypeStruct((lanes, *a.shape[1:]), a.dtype) for a in args)
+        terms = largest_sum(block.trace(*sizes))
+        while terms >= LIBRARY and lanes > 1:
+            terms, lanes = terms // 2, lanes // 2
+        if n <= lanes:
+            return one_kernel(block)(*args)
         blocks = -(-n // lanes)
         padded = (
             jnp.pad(a, [(0, blocks * lanes - n)] + [(0, 0)] * (a.ndim - 1)).reshape(
@@ -362,17 +355,17 @@ def over_blocks(fun: Callable, *args: jax.Array, entries: int) -> Any:
             )
             for a in args
         )
-        out = lax.map(lambda block: fun(*block), tuple(padded))
+        out = one_kernel(lambda *padded: lax.map(lambda data: block(*data), padded))(*padded)
         return jax.tree.map(lambda a: a.reshape(blocks * lanes, *a.shape[2:])[:n], out)
 
-    return lax.platform_dependent(*args, cpu=cpu, default=fun)
+    return platform_dependent(*args, cpu=cpu, default=fun)
 
 
 def _batched(fun: Callable, *args: jax.Array) -> tuple[jax.Array, ...]:
     batch = args[0].shape[:-2]
     shapes = [a.shape[len(batch) :] for a in args]
     flat = (a.reshape(math.prod(batch), *shape) for a, shape in zip(args, shapes, strict=True))
-    out = over_blocks(fun, *flat, entries=sum(math.prod(shape) for shape in shapes))
+    out = over_blocks(fun, *flat)
     return tuple(a.reshape(*batch, *a.shape[1:]) for a in out)
 
 

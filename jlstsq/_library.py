@@ -23,6 +23,7 @@ from jax import lax
 
 from . import _lanes as lanes
 from ._numerics import H, cond, identity_like, mm, native_batch, where_matrix
+from ._platform import platform_dependent
 
 # jaxlib splits from 200 000 operations on, by a count of its own.
 _SPLIT = 200_000
@@ -94,10 +95,10 @@ def _batched(
     def call(*args):
         batch = args[0].shape[:-2]
         if not batch:
-            return lax.platform_dependent(*args, default=fun, **gpus) if gpus else fun(*args)
+            return platform_dependent(*args, default=fun, **gpus) if gpus else fun(*args)
         flat = [a.reshape(math.prod(batch), *a.shape[len(batch) :]) for a in args]
         cpu = few if few is not None and lanes.few(args[0], lanes.SVD) else partial(_in_thread, fun, count)
-        out = lax.platform_dependent(*flat, cpu=cpu, default=fun, **gpus)
+        out = platform_dependent(*flat, cpu=cpu, default=fun, **gpus)
         return tuple(x.reshape(*batch, *x.shape[1:]) for x in out)
 
     return native_batch(call, 1, columns_out)

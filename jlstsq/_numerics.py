@@ -1,7 +1,9 @@
 """Small numerical tools that every other module uses: adjoint, exact products, exact scaling."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import jax
@@ -9,10 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ._kernel import LIBRARY
+from ._platform import on_cpu, platform_dependent
+
 # Columns of one matrix up to which single precision is worth a try in itself.
 _SINGLE = 64
 # Terms from which a sum in single precision has lost digits.
 _MANY = 10_000
+
+
+# Columns and entries up to which matrices are small.
+_COLUMNS, ENTRIES = 8, 64
+
+
+def small(*shapes: tuple) -> bool:
+    """Whether matrices of these shapes are small; symbolic dimensions are large."""
+    known = all(isinstance(d, int) for shape in shapes for d in shape)
+    return known and all(shape[-1] <= _COLUMNS and shape[-1] * shape[-2] <= ENTRIES for shape in shapes)
 
 
 def H(a: jax.Array) -> jax.Array:
@@ -22,7 +37,21 @@ def H(a: jax.Array) -> jax.Array:
 
 def mm(a: jax.Array, b: jax.Array) -> jax.Array:
     """The matrix product at full precision: no TF32 on GPU, no bfloat16 passes on TPU."""
+    if on_cpu() and a.ndim > 2 and b.ndim > 2 and small(a.shape, b.shape):
+        terms = (LIBRARY - 1) // max(1, math.prod(a.shape[:-1]) * b.shape[-1])
+        if terms >= min(2, a.shape[-1]):
+            return _in_loops(a, b, max(1, terms))
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _in_loops(a: jax.Array, b: jax.Array, terms: int) -> jax.Array:
+    """The product of small matrices of a batch on CPU, as sums of so many terms.
+
+    To call a library, or XLA's own code for products, takes two to four times as long.
+    """
+    inner = a.shape[-1]
+    parts = (slice(i, i + terms) for i in range(0, inner, terms))
+    return reduce(jnp.add, ((a[..., :, part, None] * b[..., None, part, :]).sum(-2) for part in parts))
 
 
 def abs2(a: jax.Array) -> jax.Array:
@@ -203,7 +232,7 @@ def cond(predicate: jax.Array, true: Callable, false: Callable, *data: Any) -> A
 
 def cond_on_cpu(predicate: jax.Array, work: Callable, nothing: Callable, *data: Any) -> Any:
     """`work` where it is needed. Elsewhere than on CPU always: a branch costs as much as a pass over data."""
-    return lax.platform_dependent(
+    return platform_dependent(
         cpu=lambda: cond(predicate, work, nothing, *data), default=lambda: varying(work(), data)
     )
 

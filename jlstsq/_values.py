@@ -14,7 +14,7 @@ from . import _fast as fast
 from . import _lanes as lanes
 from ._blocks import of_matrices
 from ._decompose import solve_decided, svd
-from ._numerics import cond, identity_like, mm, native_batch, pick, scaled, varying, where_matrix
+from ._numerics import cond, identity_like, mm, native_batch, pick, scaled, small, varying, where_matrix
 from ._reduce import project, squared_residuals, triangle
 from ._scaling import good, scale, unscale
 
@@ -127,7 +127,7 @@ def _in_blocks(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.A
     if rcond.shape != t.shape[:-2]:
         return solve(t, rcond, b)
     # Values in lanes are made in blocks of their own; larger ones around these are for what is hard.
-    size = 4 * lanes.LANES if lanes.worthwhile(t.shape, b.shape) else None
+    size = 4 * lanes.LANES if small(t.shape, b.shape) else None
     return of_matrices(solve, size)(t, rcond, b)
 
 

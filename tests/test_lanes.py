@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import problems
@@ -11,6 +12,7 @@ import scipy.linalg
 
 from jlstsq import _lanes as lanes
 from jlstsq import lstsq
+from jlstsq._kernel import _KNOWN, one_kernel
 
 
 def triangles(p, dtype):
@@ -26,7 +28,7 @@ def triangles(p, dtype):
 
 
 def in_library(fun, *shapes):
-    """Whether XLA on CPU gives a sum or maximum of it to a library (`_lanes._LIBRARY`)."""
+    """Whether XLA on CPU gives a sum or maximum of it to a library (`_kernel.LIBRARY`)."""
     data = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return "ynn_fusion" in jax.jit(fun).lower(*data).compile().as_text()
 
@@ -37,6 +39,55 @@ def test_sums_stay_in_loops():
     assert not in_library(lambda a: (a * a).sum(0), (8, 511))
     assert not in_library(lanes.qr, (1000, 8, 8))
     assert not in_library(lanes.pivoted_qr, (1000, 8, 8), (1000, 8, 1))
+
+
+def marked(compiled):
+    """How many calls of a program XLA on CPU compiled as one kernel (`_kernel`)."""
+    text = compiled.as_text()
+    return sum(" call(" in line and "xla_cpu_small_call" in line for line in text.splitlines())
+
+
+def test_one_kernel():
+    """Marked where it may be; what XLA would refuse or abort on is not, or not in it."""
+    small, large = (jax.ShapeDtypeStruct((rows, 64), jnp.float32) for rows in (63, 64))
+
+    def halves(a, unused):
+        return (2 * a).sum(0), a.max(0)
+
+    def compiled(fun, *args):
+        return jax.jit(fun).lower(*args).compile()
+
+    fun = one_kernel(halves)
+    assert marked(compiled(fun, small, small)) == _KNOWN
+    assert marked(compiled(lambda a: fun(a, a)[1], small)) == _KNOWN
+    assert marked(compiled(fun, large, small)) == 0
+    data = np.random.default_rng(0).integers(-9, 10, (3, 63, 64)).astype(np.float32)
+    batched = compiled(jax.vmap(fun, in_axes=(0, None)), data, data[0])
+    assert marked(batched) == 0
+    for a, b in zip(batched(data, data[0]), halves(data.swapaxes(0, 1), None), strict=True):
+        np.testing.assert_array_equal(a, b)
+    constant = compiled(lambda: fun(data[0], data[1]))
+    np.testing.assert_array_equal(constant()[0], halves(data[0], None)[0])
+
+
+@pytest.mark.parametrize("driver", ["gels", "gelsy", "gelsd"])
+def test_kernels_of_a_batch(driver, x64):
+    """However it is used: one result alone, A its own right-hand sides, constants, two platforms."""
+    rng = np.random.default_rng(0)
+    A, B = rng.standard_normal((200, 4, 2)), rng.standard_normal((200, 4, 2))
+    solve = partial(lstsq, driver=driver)
+    program = jax.jit(solve).lower(A, B).compile()
+    assert not _KNOWN or marked(program)
+    out = program(A, B)
+    np.testing.assert_allclose(out.solution, np.linalg.pinv(A) @ B, rtol=1e-9, atol=1e-12)
+    for name in ("residuals", "rank", "singular_values"):
+        alone = jax.jit(lambda A, B, name=name: getattr(solve(A, B), name))(A, B)
+        np.testing.assert_allclose(alone, getattr(out, name), rtol=1e-12)
+    own = jax.jit(lambda A: solve(A, A))(A).solution
+    np.testing.assert_allclose(own, np.broadcast_to(np.eye(2), (200, 2, 2)), atol=1e-12)
+    np.testing.assert_allclose(jax.jit(lambda: solve(A, B).solution)(), out.solution, rtol=1e-11)
+    exported = jax.export.export(jax.jit(solve), platforms=("cpu", "cuda"))(A, B)
+    np.testing.assert_allclose(jax.jit(exported.call)(A, B)[0], out.solution, rtol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow), "complex128"])

@@ -42,8 +42,10 @@ from .._numerics import (
     power_of_two,
     real_dtype,
     scaled,
+    small,
     varying,
 )
+from .._platform import platform_dependent
 
 Factors = tuple[jax.Array, jax.Array, jax.Array]
 Pivots = tuple[jax.Array, jax.Array]
@@ -97,9 +99,9 @@ def pivoted_qr(r: jax.Array, c: jax.Array, stop: jax.Array | None = None) -> Fac
         none = jnp.zeros(r.shape[:-2], real_dtype(r.dtype))
         return _in_stages(r, none if stop is None else jnp.maximum(stop, none), c)
 
-    if r.ndim > 2 and lanes.worthwhile(r.shape, c.shape):
+    if r.ndim > 2 and small(r.shape, c.shape):
         # `stop` saves nothing there.
-        return lax.platform_dependent(r, c, cpu=lanes.pivoted_qr, default=in_stages)
+        return platform_dependent(r, c, cpu=lanes.pivoted_qr, default=in_stages)
     return in_stages(r, c)
 
 
@@ -157,7 +159,7 @@ def _pivots(t: jax.Array, count: jax.Array, limit: jax.Array, now: jax.Array) ->
             return _by_cholesky(t.astype(wide), count, limit.astype(real_dtype(wide)), now)
 
     if jnp.finfo(t.dtype).bits == 32:
-        return lax.platform_dependent(*data, cpu=double, default=_by_cholesky)
+        return platform_dependent(*data, cpu=double, default=_by_cholesky)
     return _by_cholesky(*data)
 
 

@@ -6,11 +6,11 @@ Decomposing the triangle instead of A is Chan's (1982) QR-first SVD.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from .. import _lanes as lanes
 from .. import _library as library
 from .._numerics import H, abs2, identity_like, largest, mm, power_of_two
+from .._platform import platform_dependent
 from .kept import Kept
 
 
@@ -76,7 +76,7 @@ def decide(
 
     rides = c[..., :0] if adjoint else c
     if lanes.few(r, lanes.SVD):
-        left, s, rows = lax.platform_dependent(r, rides, cpu=in_lanes, default=turned)
+        left, s, rows = platform_dependent(r, rides, cpu=in_lanes, default=turned)
     else:
         left, s, rows = turned(r, rides)
     mask = _kept(s, rcond)

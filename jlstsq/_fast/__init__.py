@@ -12,9 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .. import _lanes
 from .._decompose import certificate, svd
-from .._numerics import abs2, in_double, largest_entry, where_matrix
+from .._numerics import abs2, in_double, largest_entry, small, where_matrix
 from .._operator import Operator
 from .._reduce import cholesky
 from . import lanes, lu, seminormal
@@ -44,7 +43,7 @@ def attempt(driver: str, adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.A
 
     rcond may have more leading dimensions than T and b.
     """
-    if _lanes.worthwhile(t.shape, b.shape):
+    if small(t.shape, b.shape):
         # One so small is done by the library before many operations have started.
         if t.ndim == 2:
             return None

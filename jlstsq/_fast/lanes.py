@@ -133,9 +133,5 @@ def solve(adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None = N
 
     With `rcond` (N,) as gelsd truncates, and with the singular values.
     """
-    m, p, k = *t.shape[-2:], b.shape[-1]
-    entries = m * p * k if adjoint else m * (p + k)
-    if rcond is None:
-        return over_blocks(partial(_block, adjoint), t, b, entries=entries)
-    # More lanes make the many short steps of Jacobi's rotations cheaper.
-    return over_blocks(partial(_block, adjoint), t, b, rcond, entries=max(p * (p + k), entries // 3))
+    thresholds = () if rcond is None else (rcond,)
+    return over_blocks(partial(_block, adjoint), t, b, *thresholds)

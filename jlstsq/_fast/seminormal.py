@@ -17,6 +17,7 @@ from jax import lax
 
 from .._numerics import abs2, cond_on_cpu, double_precision, in_double, native_batch, real_dtype, varying
 from .._operator import Operator
+from .._platform import platform_dependent
 from .._reduce.cholesky import Gram
 
 # theta^16 is below eps.
@@ -57,7 +58,7 @@ def _corrected(
                 return (*(a.astype(dtype) for a in found), rho.astype(real_dtype(dtype))), done
 
         if in_double(t.t.shape, dtype):
-            found, done = lax.platform_dependent(*args, cpu=double, default=single)
+            found, done = platform_dependent(*args, cpu=double, default=single)
         else:
             found, done = single()
         return *found, done
@@ -130,7 +131,7 @@ def _solve(
     done = jnp.broadcast_to(~gram.accepted[..., None], size.shape)
     state = varying((0, (v, y, c, y, rho), done, jnp.ones_like(done)))
     # Elsewhere than on CPU the test of a loop costs as much as a correction: the first is made in any case.
-    state = lax.platform_dependent(state, cpu=lambda state: state, default=step)
+    state = platform_dependent(state, cpu=lambda state: state, default=step)
     _, (v, y, total, _, rho), done, small = lax.while_loop(going, step, state)
     return (v, y, total, rho[..., 0, :]), done & small
 

@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax import lax
 
 from .. import _lanes as lanes
-from .._numerics import abs2, cond, flat, mm, native_batch, pick, scaled
+from .._numerics import abs2, cond, flat, mm, native_batch, pick, scaled, small
+from .._platform import platform_dependent
 from . import cholesky, householder, sketch
 
 
@@ -24,7 +24,7 @@ def project(
     To scale T is left to the branch that does the work, so that no copy of it waits in the other. Where
     R is truncated at `rcond`, rows far below that may be zero.
     """
-    if lanes.few(t, lanes.PROJECT) and lanes.worthwhile(b.shape):
+    if lanes.few(t, lanes.PROJECT) and small(b.shape):
         return lanes.project(scaled(t, down), b)
     # Each right-hand side that rides along in QR of [T, b] costs as much as a column of T;
     # beyond about p of them forming Q once is cheaper.
@@ -65,7 +65,7 @@ def squared_residuals(
     data = t, b, r, c, tail, y
     if t.ndim == 2:
         return by_triangle(*data)
-    return lax.platform_dependent(*data, cuda=by_products, default=by_triangle)
+    return platform_dependent(*data, cuda=by_products, default=by_triangle)
 
 
 def _by_sketch(
@@ -102,7 +102,7 @@ def _factors(t: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _orthonormal(t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    if lanes.worthwhile(t.shape):
+    if small(t.shape):
         return _flat(*lanes.qr(t))
     if not cholesky.worthwhile(t.shape, t.dtype):
         return _factors(t)

@@ -44,6 +44,7 @@ from .._numerics import (
     where_matrix,
 )
 from .._operator import adjoint_times
+from .._platform import platform_dependent
 
 _CONTRACTION = 0.1
 # Products sum in blocks of at most about this many terms, then over the blocks.
@@ -199,14 +200,14 @@ def product(t: jax.Array, rows_apart: bool = False, dtype: Any = None) -> jax.Ar
         return summed(t)
     if t.ndim > 2 and not rows_apart:
         t = t.astype(dtype)
-        return lax.platform_dependent(t, cpu=lambda t: mm(lax.optimization_barrier(H(t)), t), default=plain)
+        return platform_dependent(t, cpu=lambda t: mm(lax.optimization_barrier(H(t)), t), default=plain)
     if wider and t.ndim == 2 and rows_apart:
         # Otherwise XLA converts T into the order that other uses of it prefer.
         return apart(t)
     if wider and t.ndim == 2 and not rows_apart and m >= 4 * _ROWS:
         return blocked(t)
     if t.ndim == 2 and dtype == jnp.float64 and not rows_apart and p > 64:
-        return lax.platform_dependent(t, cpu=blocked if m >= 4 * _ROWS else stored, default=plain)
+        return platform_dependent(t, cpu=blocked if m >= 4 * _ROWS else stored, default=plain)
     return plain(t)
 
 
@@ -219,7 +220,7 @@ def factor(t: jax.Array, rows_apart: bool = False, explicit: bool = True) -> Gra
     plain = partial(_factor, rows_apart, False, implicit)
     if not in_double(t.shape, t.dtype):
         return plain(t)
-    return lax.platform_dependent(t, cpu=partial(_factor, rows_apart, True, implicit), default=plain)
+    return platform_dependent(t, cpu=partial(_factor, rows_apart, True, implicit), default=plain)
 
 
 def _scaled_product(rows_apart: bool, t: jax.Array, dtype: Any) -> tuple[jax.Array, ...]:

@@ -1,0 +1,72 @@
+"""A function of small arrays as one kernel of XLA on CPU.
+
+XLA on CPU calls one kernel after another. Of a loop of many short steps over some thousand numbers these
+calls are a third of the time, of sweeps of rotations half. The smallest of loops XLA compiles to one function
+instead, and so it does with a call that bears its mark.
+
+The mark is XLA's own and no promise to others: it is set only for the jaxlib it is known of, and only where
+nothing is in it that XLA gives to a library, which such a function cannot call.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib.version
+from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.extend import core
+
+_KNOWN = (0, 10) <= jaxlib.version.__version_info__[:2] <= (0, 11)
+_MARK = {"xla_cpu_small_call": "true", "inlineable": "false"}
+# Sums and maxima over so many real entries XLA on CPU (jax 0.10.2, 0.11.2) gives to a library, for which all
+# terms are written first.
+LIBRARY = 1 << 12
+_SUMS = ("reduce_sum", "reduce_prod", "reduce_max", "reduce_min")
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """All of a program, what is in its loops and calls included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, core.ClosedJaxpr | core.Jaxpr):
+                    yield from _equations(getattr(part, "jaxpr", part))
+
+
+def largest_sum(traced: Any) -> int:
+    """Of how many real numbers a traced function has sums and maxima, at most."""
+    equations = _equations(traced.jaxpr.jaxpr)
+    sums = (e.invars[0].aval for e in equations if e.primitive.name in _SUMS)
+    return max((math.prod(a.shape) for a in sums if jnp.issubdtype(a.dtype, jnp.floating)), default=0)
+
+
+def one_kernel(fun: Callable) -> Callable:
+    """`fun`, which is for CPU only and has no products of matrices, branches or library calls, as one kernel.
+
+    Under a user's vmap sums grow, and it is a function like any other. Not differentiable.
+    """
+
+    # XLA (jaxlib 0.10.2, 0.11.2) ends the process if such a function has an argument that it does not read,
+    # and it reads none that is constant: XLA writes constants into what is called.
+    def reading_all(*args):
+        return fun(*args), sum(a.reshape(-1)[:1].real.sum() for a in args)
+
+    traced = jax.jit(reading_all)
+
+    @jax.custom_batching.custom_vmap
+    def call(*args):
+        marked = _KNOWN and largest_sum(traced.trace(*args)) < LIBRARY
+        args = lax.optimization_barrier(args)
+        return set_xla_metadata(traced(*args), **_MARK) if marked else traced(*args)
+
+    @call.def_vmap
+    def _(size, in_batched, *args):
+        axes = tuple(0 if batched else None for batched in in_batched)
+        out = jax.vmap(reading_all, in_axes=axes, axis_size=size)(*args)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return lambda *args: call(*args)[0]
