@@ -1,8 +1,8 @@
 """A function of small arrays as one kernel of XLA on CPU.
 
-XLA on CPU calls one kernel after another. Of a loop of many short steps over some thousand numbers these
-calls are a third of the time, of sweeps of rotations half. The smallest of loops XLA compiles to one function
-instead, and so it does with a call that bears its mark.
+XLA on CPU calls one kernel after another, which is a large part of the time of many short steps over some
+thousand numbers. The smallest of loops it compiles to one function instead, and so it does with a call that
+bears its mark.
 
 The mark is XLA's own and no promise to others: it is set only for the jaxlib it is known of, and only where
 nothing is in it that XLA gives to a library, which such a function cannot call.
