@@ -39,8 +39,8 @@ def mm(a: jax.Array, b: jax.Array) -> jax.Array:
     """The matrix product at full precision: no TF32 on GPU, no bfloat16 passes on TPU."""
     if on_cpu() and a.ndim > 2 and b.ndim > 2 and small(a.shape, b.shape):
         terms = (LIBRARY - 1) // max(1, math.prod(a.shape[:-1]) * b.shape[-1])
-        if terms >= min(2, a.shape[-1]):
-            return _in_loops(a, b, max(1, terms))
+        if a.shape[-1] > 0 and terms >= min(2, a.shape[-1]):
+            return _in_loops(a, b, terms)
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 

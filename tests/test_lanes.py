@@ -13,6 +13,8 @@ import scipy.linalg
 from jlstsq import _lanes as lanes
 from jlstsq import lstsq
 from jlstsq._kernel import _KNOWN, one_kernel
+from jlstsq._numerics import mm
+from jlstsq._platform import platform_dependent
 
 
 def triangles(p, dtype):
@@ -88,6 +90,18 @@ def test_kernels_of_a_batch(driver, x64):
     np.testing.assert_allclose(jax.jit(lambda: solve(A, B).solution)(), out.solution, rtol=1e-11)
     exported = jax.export.export(jax.jit(solve), platforms=("cpu", "cuda"))(A, B)
     np.testing.assert_allclose(jax.jit(exported.call)(A, B)[0], out.solution, rtol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "shapes", [((8, 3), (3, 3)), ((3, 8), (8, 1)), ((8, 1), (1, 8)), ((8, 8), (8, 8)), ((2, 0), (0, 2))]
+)
+def test_products_on_cpu(shapes):
+    """Sums in loops or XLA's products, whichever a block of so many gets."""
+    rng = np.random.default_rng(0)
+    product = jax.jit(lambda a, b: platform_dependent(a, b, cpu=mm, default=mm))
+    for count in (1, 60, 1000):
+        a, b = (rng.integers(-9, 10, (count, *shape)).astype(np.float32) for shape in shapes)
+        np.testing.assert_array_equal(product(a, b), a @ b)
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow), "complex128"])
