@@ -279,7 +279,7 @@ def by_size(s: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
         # Not one sum, which would have p times the terms of any other.
         places = place.reshape(place.shape[0], *(1,) * (a.ndim - 2), -1)
         to = index.reshape(-1, *(1,) * (a.ndim - 1))
-        return reduce(jnp.add, (jnp.where(places[i] == to, a[i], 0) for i in range(a.shape[0])))
+        return reduce(jnp.add, (jnp.where(places[i][None] == to, a[i][None], 0) for i in range(a.shape[0])))
 
     return tuple(sort(a) for a in (s, *others))
 

@@ -110,6 +110,23 @@ def test_rows_are_not_gathered(every):
     run("Auto", f"every = {every}" + ROWS)
 
 
+SMALL = """
+A, B = rng.standard_normal((200, 4, 2)), rng.standard_normal((200, 4, 1))
+data = jax.device_put((A, B), NamedSharding(mesh, PartitionSpec("x")))
+for driver in ("gels", "gelsy", "gelsd") if every else ("gelsd",):
+    value = jax.jit(lambda A, B: lstsq(A, B, driver=driver)[:3])
+    gradient = jax.jit(jax.grad(lambda A, B: (value(A, B)[0] ** 2).sum(), (0, 1)))
+    for fun in (value, gradient) if every else (value,):
+        close(fun(*data), fun(A, B))
+"""
+
+
+@pytest.mark.parametrize("every", EVERY, ids=["some", "every"])
+def test_many_small_matrices(every):
+    """What one device does in one kernel is divided among several."""
+    run("Auto", f"every = {every}" + SMALL)
+
+
 BATCH = """
 for shape in ((4, 6, 3), (4, 40, 12)):
     A, B = rng.standard_normal(shape), rng.standard_normal(shape[:-1])
