@@ -74,7 +74,7 @@ def test_one_kernel():
     np.testing.assert_array_equal(constant()[0], halves(data[0], None)[0])
 
 
-@pytest.mark.parametrize("driver", ["gels", "gelsy", "gelsd"])
+@pytest.mark.parametrize("driver", ["gels", pytest.param("gelsy", marks=pytest.mark.slow), "gelsd"])
 def test_kernels_of_a_batch(driver, x64):
     """However it is used: one result alone, A its own right-hand sides, constants, two platforms."""
     rng = np.random.default_rng(0)
