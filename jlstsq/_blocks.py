@@ -10,14 +10,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _lanes as lanes
+from ._kernel import LIBRARY
 from ._numerics import ENTRIES, varying
 from ._platform import platform_dependent
 
 # A block of matrices has a multiple of this many, and entries up to (of the largest argument):
 _FEWEST, _ENTRIES = 8, 1 << 14
-# A block of small matrices has whole lanes, and if it can no more entries than this: sums over triangles then
-# stay in loops (`_lanes`).
-_SMALL_ENTRIES = (1 << 12) - 1
+# A block of small matrices has whole lanes, and if it can fewer entries than XLA gives to a library: sums
+# over triangles then stay in loops.
+_SMALL_ENTRIES = LIBRARY - 1
 
 
 def of_matrices(fun: Callable[..., tuple], size: int | None = None) -> Callable[..., tuple]:

@@ -69,9 +69,9 @@ def one_kernel(fun: Callable) -> Callable:
 
     @jax.custom_batching.custom_vmap
     def call(*args):
-        marked = _may_be_marked() and largest_sum(traced.trace(*args)) < LIBRARY
-        args = lax.optimization_barrier(args)
-        return set_xla_metadata(traced(*args), **_MARK) if marked else traced(*args)
+        if not _may_be_marked() or largest_sum(traced.trace(*args)) >= LIBRARY:
+            return traced(*args)
+        return set_xla_metadata(traced(*lax.optimization_barrier(args)), **_MARK)
 
     @call.def_vmap
     def _(size, in_batched, *args):
