@@ -20,6 +20,8 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 
+from ._platform import platform_dependent
+
 _KNOWN = jaxlib.version.__version_info__[:3] in ((0, 10, 2), (0, 11, 2))
 _MARK = {"xla_cpu_small_call": "true", "inlineable": "false"}
 # Sums and maxima over so many real entries XLA on CPU (jax 0.10.2, 0.11.2) gives to a library, for which all
@@ -45,8 +47,8 @@ def largest_sum(traced: Any) -> int:
     return max((math.prod(a.shape) for a in sums if jnp.issubdtype(a.dtype, jnp.floating)), default=0)
 
 
-def _may_be_marked() -> bool:
-    """Where XLA might divide what is marked among devices it fails to compile it (jaxlib 0.10.2)."""
+def may_be_marked() -> bool:
+    """Whether it may be set: where XLA might divide what it is on among devices, that does not compile."""
     try:
         one_device = jax.device_count("cpu") == 1
     except RuntimeError:  # no CPU here: for whom this is, is not known
@@ -54,29 +56,45 @@ def _may_be_marked() -> bool:
     return _KNOWN and one_device and jax.sharding.get_abstract_mesh().empty
 
 
-def one_kernel(fun: Callable) -> Callable:
-    """`fun`, which is for CPU only and has no products of matrices, branches or library calls, as one kernel.
+def one_kernel(fun: Callable, apart: bool = False) -> Callable:
+    """`fun`, which is for CPU only and has no products of matrices or library calls, as one kernel.
 
-    Under a user's vmap sums grow, and it is a function like any other. Not differentiable.
+    Inside another one it is a part of that. `apart`: also where it may not be one kernel XLA does not inline
+    it. Under a user's vmap sums grow, and it is a function like any other. Not differentiable.
     """
 
     # XLA (jaxlib 0.10.2, 0.11.2) ends the process if such a function has an argument that it does not read,
     # and it reads none that is constant: XLA writes constants into what is called.
     def reading_all(*args):
-        return fun(*args), sum(a.reshape(-1)[:1].real.sum() for a in args)
+        return fun(*args), sum(a.reshape(-1)[:1].real.astype(jnp.float32).sum() for a in args)
 
     traced = jax.jit(reading_all)
 
     @jax.custom_batching.custom_vmap
     def call(*args):
-        if not _may_be_marked() or largest_sum(traced.trace(*args)) >= LIBRARY:
-            return traced(*args)
-        return set_xla_metadata(traced(*lax.optimization_barrier(args)), **_MARK)
+        if may_be_marked() and largest_sum(traced.trace(*args)) < LIBRARY:
+            return set_xla_metadata(traced(*lax.optimization_barrier(args)), **_MARK)
+        return set_xla_metadata(traced(*args), inlineable="false") if apart else traced(*args)
 
     @call.def_vmap
     def _(size, in_batched, *args):
         axes = tuple(0 if batched else None for batched in in_batched)
-        out = jax.vmap(reading_all, in_axes=axes, axis_size=size)(*args)
+        of_batch = jax.vmap(reading_all, in_axes=axes, axis_size=size)
+        out = one_kernel(of_batch, apart)(*args) if apart else of_batch(*args)
         return out, jax.tree.map(lambda _: True, out)
 
     return lambda *args: call(*args)[0]
+
+
+def materialized(fun: Callable, *args: jax.Array) -> Any:
+    """The results of `fun`, computed once: where they are decided on, or needed, in several places.
+
+    XLA computes a number anew in every loop, or kernel on GPU, that needs it, each time with other roundings
+    (fused multiply-adds). A sign, or a test for zero, of a number that cancels must not be answered in two
+    ways. On CPU a barrier is gone when loops are fused, and a call is what remains. Not differentiable.
+    """
+
+    def behind_barrier(*args):
+        return lax.optimization_barrier(fun(*args))
+
+    return platform_dependent(*args, cpu=one_kernel(fun, apart=True), default=behind_barrier)

@@ -1,4 +1,4 @@
-"""Many small matrices at once: factorisations with the batch in the last axis, in loops over columns.
+"""Many small matrices at once: factorisations with the batch in the last axis.
 
 The work of a matrix of a few columns is less than the call of a library on it. Here every operation
 runs over a block of matrices ("lanes"), each in its own lane, with the rounding errors of LAPACK's
@@ -17,16 +17,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._kernel import LIBRARY, largest_sum, one_kernel
-from ._numerics import abs2, largest_entry, materialized, power_of_two, small, varying
-from ._platform import on_cpu, platform_dependent
+from ._kernel import LIBRARY, largest_sum, materialized, one_kernel
+from ._numerics import abs2, block_by_block, largest_entry, power_of_two, small, varying
+from ._platform import platform_dependent
 
 # A block stays in the cache, and small: XLA on CPU (jax 0.10.2) gives wrong numbers for a fused
 # product and sum over 8192 float32 lanes or more.
 LANES = 64
 _SWEEPS = 16
-# Loops over so few columns are unrolled. On GPU more would save kernels, but what `materialized` is for was
-# seen there before it was made: singular values of 8 x 3 wrong by 0.2 where three rotations were unrolled.
+# Loops over so few columns are unrolled. Householder's steps are always: each works on less than the one
+# before. Where only rounding errors are left of a column, they have to be the same ones in all places
+# (`materialized`): residuals of dependent columns were wrong by as much as they are large.
 _UNROLLED = 2
 
 
@@ -45,48 +46,54 @@ def _loop(count: int, body: Callable, start: Any, *data: Any) -> Any:
     return lax.fori_loop(0, count, body, varying(start, *data), unroll=count <= _UNROLLED)
 
 
-def _reflector(x: jax.Array, j: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """v, tau, beta with (I - conj(tau) v v^H) x = beta e_j for the entries from j on (xLARFG).
+def _reflector(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """v, tau, beta with (I - conj(tau) [1; v] [1; v]^H) x = beta e_1 (xLARFG).
 
     Of the columns x (m, ...), which lie in the first axis and are of order one: one of which so little is
-    left that squares lose digits to underflow counts as zero. Squares half lost make H_j far from unitary.
+    left that squares lose digits to underflow counts as zero. Squares half lost make H far from unitary.
     """
-    rows = jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
-    # On CPU that can double the time of a batch in lanes, and v is masked by the one test that is made.
-    x = platform_dependent(x, cpu=lambda x: x, default=materialized)
-    alpha = x[j]
-    below = jnp.where(rows > j, x, 0)
+    alpha, below = x[0], x[1:]
     tail = abs2(below).sum(0)
     squares = abs2(alpha) + tail
     info = jnp.finfo(x.dtype)
     nothing = squares <= float(info.tiny) / float(info.eps)
     norm = jnp.sqrt(squares)
     beta = jnp.where(alpha.real > 0, -norm, norm).astype(x.dtype)
-    # Nothing to reflect: H_j = I, as in LAPACK. A complex pivot is still made real.
+    # Nothing to reflect: H = I, as in LAPACK. A complex pivot is still made real.
     trivial = (tail == 0) & (alpha.imag == 0) if jnp.iscomplexobj(x) else tail == 0
     trivial = trivial | nothing
-    elsewhere = trivial[None] & (rows != j)
     tau = jnp.where(trivial, 0, (beta - alpha) / jnp.where(trivial, 1, beta))
-    pivot = jnp.where(trivial, 1, alpha - beta)
-    v = jnp.where(rows == j, 1, below / pivot[None])
-    return jnp.where(elsewhere, 0, v), tau, jnp.where(nothing, 0, jnp.where(trivial, alpha, beta))
+    v = below * jnp.where(trivial, 0, 1 / jnp.where(trivial, 1, alpha - beta))[None]
+    return v, tau, jnp.where(nothing, 0, jnp.where(trivial, alpha, beta))
 
 
-def _reflect(j: Any, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One Householder step on w (m, columns, lanes), column j becomes beta e_j from row j on; v and tau."""
-    rows = jnp.arange(w.shape[0])[:, None]
-    columns = jnp.arange(w.shape[1])[:, None]
-    x = w[:, j]
-    v, tau, beta = _reflector(x, j)
-    row = jnp.where(columns > j, (v.conj()[:, None] * w).sum(0), 0)
-    w = w - v[:, None] * (jnp.conj(tau)[None] * row)[None]
-    column = jnp.where(rows == j, beta, jnp.where(rows < j, x, 0))
-    return w.at[:, j].set(column), v, tau
+def _applied(v: jax.Array, tau: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(I - tau [1; v] [1; v]^H) W, W (m, columns, lanes): the first row and the others."""
+    top, below = w[0], w[1:]
+    along = (top + (v.conj()[:, None] * below).sum(0)) * tau[None]
+    return top - along, below - v[:, None] * along[None]
 
 
-def reduced(p: int, w: jax.Array) -> jax.Array:
-    """W (m, columns, lanes) with its first p columns made triangular."""
-    return _loop(p, lambda j, w: _reflect(j, w)[0], w)
+def _reflect(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """One Householder step on w (m, columns, lanes): its first row, what is left of the others; v and tau."""
+    v, tau, beta = materialized(_reflector, w[:, 0])
+    # What is left may be rounding errors, and has to be the same ones everywhere.
+    top, below = materialized(_applied, v, tau.conj(), w[:, 1:])
+    return jnp.concatenate([beta[None], top]), below, v, tau
+
+
+def _triangular(rows: list[jax.Array]) -> jax.Array:
+    """The rows of a triangle, each from its diagonal entry on, as one array."""
+    return jnp.stack([jnp.pad(row, ((i, 0), (0, 0))) for i, row in enumerate(rows)])
+
+
+def reduced(p: int, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Q^H W, W (m, columns, lanes), for the Q of its first p columns: p rows, and what is not zero below."""
+    rows = []
+    for _ in range(p):
+        row, w, _, _ = _reflect(w)
+        rows.append(row)
+    return _triangular(rows), w
 
 
 def unit(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -96,45 +103,47 @@ def unit(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     of a column of zeros is the largest of the others.
     """
     size, finite = largest_entry(w, 0)
-    up, down = power_of_two(jnp.where(size > 0, size, size.max(0, initial=0)[None]))
+    up, down = materialized(power_of_two, jnp.where(size > 0, size, size.max(0, initial=0)[None]))
     return w * down.astype(w.dtype)[None], up, finite
 
 
 def _factored(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Q and R of W (m, p, lanes), its columns of order one."""
-    p = w.shape[1]
-
-    def forward(j, state):
-        w, vectors, taus = state
-        w, v, tau = _reflect(j, w)
-        return w, vectors.at[j].set(v), taus.at[j].set(tau)
-
-    def backward(step, q):
-        j = p - 1 - step
-        v = vectors[j]
-        return q - v[:, None] * (taus[j][None] * (v.conj()[:, None] * q).sum(0))[None]
-
-    start = w, jnp.zeros((p, w.shape[0], w.shape[2]), w.dtype), jnp.zeros(w.shape[1:], w.dtype)
-    r, vectors, taus = _loop(p, forward, start, w)
-    eye = jnp.broadcast_to(jnp.eye(*w.shape[:2], dtype=w.dtype)[..., None], w.shape)
-    return _loop(p, backward, eye, w), r[:p]
+    rows, vectors = [], []
+    for _ in range(w.shape[1]):
+        row, w, *reflector = _reflect(w)
+        rows.append(row)
+        vectors.append(reflector)
+    q = w
+    for v, tau in reversed(vectors):
+        # H diag(1, Q)
+        along = (v.conj()[:, None] * q).sum(0) * tau[None]
+        top = jnp.concatenate([1 - tau[None], -along])
+        q = jnp.concatenate([(-v * tau[None])[:, None], q - v[:, None] * along[None]], axis=1)
+        q = jnp.concatenate([top[None], q])
+    return q, _triangular(rows)
 
 
 def _qr(t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Q (lanes, m, p) and R of one block T (lanes, m, p)."""
-    w, up, _ = unit(jnp.moveaxis(t, 0, -1))
+    """Q (m, p, lanes) and R of one block T (m, p, lanes)."""
+    w, up, _ = unit(t)
     q, r = _factored(w)
-    return jnp.moveaxis(q, -1, 0), jnp.moveaxis(r * up.astype(w.dtype)[None], -1, 0)
+    return q, r * up.astype(w.dtype)[None]
+
+
+def _triangle(t: jax.Array) -> tuple[jax.Array]:
+    """R of one block T (m, columns, lanes), tall or wide."""
+    w, up, _ = unit(t)
+    r, _ = reduced(min(w.shape[:2]), w)
+    return (r * up.astype(w.dtype)[None],)
 
 
 def _project(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """R, Q^H b and the squared norms of the columns of (I - Q Q^H) b for one block."""
-    w, up, _ = unit(jnp.moveaxis(t, 0, -1))
+    w, up, _ = unit(t)
     p = w.shape[1]
-    w = reduced(p, jnp.concatenate([w, jnp.moveaxis(b, 0, -1)], axis=1))
-    out = w[:p, :p] * up.astype(w.dtype)[None], w[:p, p:], abs2(w[p:, p:]).sum(0)
-    r, c, tail = (jnp.moveaxis(a, -1, 0) for a in out)
-    return r, c, tail
+    r, left = reduced(p, jnp.concatenate([w, b], axis=1))
+    return r[:, :p] * up.astype(w.dtype)[None], r[:, p:], abs2(left).sum(0)
 
 
 def substitute(r: jax.Array, c: jax.Array, adjoint: bool = False) -> jax.Array:
@@ -144,40 +153,35 @@ def substitute(r: jax.Array, c: jax.Array, adjoint: bool = False) -> jax.Array:
 
     def row(step, x):
         i = step if adjoint else p - 1 - step
-        return x.at[i].set((c[i] - (a[i][:, None] * x).sum(0)) / a[i, i][None])
+        new = (c[i] - (a[i][:, None] * x).sum(0)) / a[i, i][None]
+        return lax.dynamic_update_index_in_dim(x, new, i, 0)
 
     return _loop(p, row, jnp.zeros_like(c), r, c)
 
 
 def _pivoted_qr(a: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rp, U^H C and the permutation with A[:, perm] = U Rp of one block; of equal columns the first leads."""
-    w, up, _ = unit(jnp.moveaxis(a, 0, -1))
+    w, up, _ = unit(a)
     p = w.shape[1]
     index = jnp.arange(p)[:, None]
-
-    def step(j, state):
-        w, up, perm = state
+    w, free = jnp.concatenate([w, c], axis=1), jnp.ones(up.shape, bool)
+    rows, order = [], []
+    # Columns stay in their places until the end.
+    for _ in range(p):
         columns = w[:, :p]
-        below = jnp.arange(w.shape[0])[:, None, None] >= j
-        left = up * jnp.sqrt(jnp.where(below, abs2(columns), 0).sum(0))
-        left = jnp.where(index >= j, left, -1)
-        first = jnp.where(left == left.max(0)[None], perm, p).min(0)
-        chosen = perm == first[None]
-
-        def swapped(a, j_th):
-            """Entries (..., p, lanes) with the chosen one first of those from j on."""
-            other = jnp.where(chosen, a, 0).sum(-2)
-            return jnp.where(index == j, other[..., None, :], jnp.where(chosen, j_th[..., None, :], a))
-
-        w = jnp.concatenate([swapped(columns, columns[:, j]), w[:, p:]], axis=1)
-        up, perm = swapped(up, up[j]), swapped(perm, perm[j])
-        return _reflect(j, w)[0], up, perm
-
-    start = jnp.concatenate([w, jnp.moveaxis(c, 0, -1)], axis=1), up, jnp.broadcast_to(index, up.shape)
-    w, up, perm = _loop(p, step, start)
-    out = w[:, :p] * up.astype(w.dtype)[None], w[:, p:], perm
-    r, c, perm = (jnp.moveaxis(x, -1, 0) for x in out)
-    return jnp.triu(r), c, perm
+        left = jnp.where(free, up * jnp.sqrt(abs2(columns).sum(0)), -1)
+        first = jnp.where(left == left.max(0)[None], index, p).min(0)
+        chosen = index == first[None]
+        v, tau, beta = materialized(_reflector, jnp.where(chosen[None], columns, 0).sum(1))
+        row, w = materialized(_applied, v, tau.conj(), w)
+        rows.append(jnp.concatenate([jnp.where(chosen, beta[None], row[:p]), row[p:]]))
+        order.append(chosen)
+        free = free & ~chosen
+    rows, order = jnp.stack(rows), jnp.stack(order)
+    upper = (index <= jnp.arange(p)[None])[..., None]
+    scaled = (rows[:, :p] * up.astype(w.dtype)[None])[:, None]
+    r = jnp.where(upper[:, :, None] & order[None], scaled, 0).sum(2)
+    return r, rows[:, p:], jnp.where(order, index[None], 0).sum(1)
 
 
 def _powers(columns: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -192,6 +196,10 @@ def norms(columns: jax.Array) -> jax.Array:
     return up * jnp.sqrt(abs2(columns * down[:, None].astype(columns.dtype)).sum(1))
 
 
+def _inner_products(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return abs2(x).sum(1), abs2(y).sum(1), (x.conj() * y).sum(1)
+
+
 def _rotate(p: int, floor: jax.Array, x: jax.Array, y: jax.Array, x_down: jax.Array, y_down: jax.Array):
     """Pairs of columns x and y (pairs, rows, lanes), each turned to be orthogonal in their first p rows.
 
@@ -199,7 +207,7 @@ def _rotate(p: int, floor: jax.Array, x: jax.Array, y: jax.Array, x_down: jax.Ar
     `y_down` (pairs, lanes) scale what is squared.
     """
     first, second = x[:, :p] * x_down[:, None].astype(x.dtype), y[:, :p] * y_down[:, None].astype(x.dtype)
-    xx, yy, xy = materialized((abs2(first).sum(1), abs2(second).sum(1), (first.conj() * second).sum(1)))
+    xx, yy, xy = materialized(_inner_products, first, second)
     size, both = abs(xy), jnp.sqrt(xx) * jnp.sqrt(yy)
     nothing = (xx <= (floor * x_down) ** 2) | (yy <= (floor * y_down) ** 2)
     cosine = jnp.where(nothing, 0, size / jnp.where(both > 0, both, 1))
@@ -285,28 +293,27 @@ def by_size(s: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _rotated(a: jax.Array, vectors: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of one block A (lanes, p, p) s, V diag(s) as columns (p, p or 2 p, lanes) above U, and its size."""
-    w = jnp.moveaxis(a, 0, -1)
-    p = w.shape[0]
-    size, down = power_of_two(largest_entry(w, (0, 1))[0])
-    w = w * down[None, None].astype(w.dtype)
+    """Of one block A (p, p, lanes) s, V diag(s) as columns (p, p or 2 p, lanes) above U, and its size."""
+    p = a.shape[0]
+    size, down = power_of_two(largest_entry(a, (0, 1))[0])
+    w = a * down[None, None].astype(a.dtype)
     if vectors:
         w = jnp.concatenate([w, jnp.broadcast_to(jnp.eye(p, dtype=w.dtype)[..., None], w.shape)], axis=1)
     # A^H U = V diag(s)
     columns, converged = orthogonalised(p, w.conj())
-    s, columns = by_size(norms(columns[:, :p]), columns)
+    s, columns = materialized(by_size, norms(columns[:, :p]), columns)
     return jnp.where(converged[None], s, jnp.nan), columns, size
 
 
 def _singular_values(a: jax.Array) -> tuple[jax.Array]:
-    """Those of one block A (lanes, p, p), decreasing."""
+    """Those of one block A (p, p, lanes), decreasing."""
     s, _, size = _rotated(a, False)
-    return (jnp.moveaxis(s * size[None], -1, 0),)
+    return (s * size[None],)
 
 
 def _svd(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U, s and V^H of one block A (lanes, p, p)."""
-    p = a.shape[-1]
+    """U, s and V^H of one block A (p, p, lanes)."""
+    p = a.shape[0]
     s, columns, size = _rotated(a, True)
     # V also where s is zero or nearly so
     v = columns[:, :p] * (1 / jnp.where(s > 0, s, 1))[:, None].astype(columns.dtype)
@@ -314,52 +321,53 @@ def _svd(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     diagonal = jnp.stack([r[i, i] for i in range(p)])
     length = abs(diagonal)
     v = v * jnp.where(length > 0, diagonal / jnp.where(length > 0, length, 1).astype(v.dtype), 1)[None]
-    out = jnp.swapaxes(columns[:, p:], 0, 1), s * size[None], jnp.swapaxes(v, 0, 1).conj()
-    u, s, vh = (jnp.moveaxis(a, -1, 0) for a in out)
-    return u, s, vh
+    return jnp.swapaxes(columns[:, p:], 0, 1), s * size[None], jnp.swapaxes(v, 0, 1).conj()
 
 
 def _eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eigenvalues and eigenvectors of one block A (lanes, p, p), positive semidefinite: s and U."""
+    """Eigenvalues and eigenvectors of one block A (p, p, lanes), positive semidefinite: s and U."""
     s, columns, size = _rotated(a, True)
-    return jnp.moveaxis(s * size[None], -1, 0), jnp.moveaxis(columns[:, a.shape[-1] :], -1, 0).mT
+    return s * size[None], jnp.swapaxes(columns[:, a.shape[0] :], 0, 1)
 
 
 def _turned(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U, s and U^H A = diag(s) V^H of one block A (lanes, p, p), to the accuracy of Jacobi rotations."""
+    """U, s and U^H A = diag(s) V^H of one block A (p, p, lanes), to the accuracy of Jacobi rotations."""
     s, columns, size = _rotated(a, True)
-    p = a.shape[-1]
+    p = a.shape[0]
     rows = columns[:, :p].conj() * size[None, None].astype(a.dtype)
-    out = jnp.swapaxes(columns[:, p:], 0, 1), s * size[None], rows
-    u, s, rows = (jnp.moveaxis(a, -1, 0) for a in out)
-    return u, s, rows
+    return jnp.swapaxes(columns[:, p:], 0, 1), s * size[None], rows
 
 
-def over_blocks(fun: Callable, *args: jax.Array) -> Any:
-    """`fun` of the leading axis of its arguments; on CPU in blocks of up to `LANES`, in one kernel."""
+def _batch_first(fun: Callable[..., tuple]) -> Callable[..., tuple]:
+    """`fun`, of arrays with the batch last, of such with the batch first."""
+
+    def call(*args):
+        return tuple(jnp.moveaxis(a, -1, 0) for a in fun(*(jnp.moveaxis(a, 0, -1) for a in args)))
+
+    return call
+
+
+def over_blocks(fun: Callable[..., tuple], *args: jax.Array) -> tuple:
+    """`fun`, of arrays with the batch last, of args with the batch first, as the results have it.
+
+    On CPU in blocks of up to `LANES`, in one kernel.
+    """
     n = args[0].shape[0]
-    if n <= LANES and not on_cpu():
-        return fun(*args)
 
     def cpu(*args):
         block, lanes = jax.jit(fun), min(n, LANES)
-        sizes = (jax.ShapeDtypeStruct((lanes, *a.shape[1:]), a.dtype) for a in args)
+        sizes = (jax.ShapeDtypeStruct((*a.shape[1:], lanes), a.dtype) for a in args)
         terms = largest_sum(block.trace(*sizes))
         while terms >= LIBRARY and lanes > 1:
             terms, lanes = terms // 2, lanes // 2
-        if n <= lanes:
-            return one_kernel(block)(*args)
-        blocks = -(-n // lanes)
-        padded = (
-            jnp.pad(a, [(0, blocks * lanes - n)] + [(0, 0)] * (a.ndim - 1)).reshape(
-                blocks, lanes, *a.shape[1:]
-            )
-            for a in args
+        # Behind a call the change of axes is a copy; else XLA makes it anew in every loop that reads the
+        # data, none of which then is over neighbours in memory.
+        inner = _batch_first(one_kernel(block))
+        return (
+            one_kernel(lambda *args: block_by_block(inner, lanes, args))(*args) if n > lanes else inner(*args)
         )
-        out = one_kernel(lambda *padded: lax.map(lambda data: block(*data), padded))(*padded)
-        return jax.tree.map(lambda a: a.reshape(blocks * lanes, *a.shape[2:])[:n], out)
 
-    return platform_dependent(*args, cpu=cpu, default=fun)
+    return platform_dependent(*args, cpu=cpu, default=_batch_first(fun))
 
 
 def _batched(fun: Callable, *args: jax.Array) -> tuple[jax.Array, ...]:
@@ -374,6 +382,12 @@ def qr(t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Q and R for T (*batch, m, p)."""
     q, r = _batched(_qr, t)
     return q, r
+
+
+def triangle(t: jax.Array) -> tuple[jax.Array]:
+    """R of T (*batch, m, p), with as many rows as the smaller of both."""
+    (r,) = _batched(_triangle, t)
+    return (r,)
 
 
 def project(t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -189,7 +189,7 @@ def _qr_of(mode: str) -> Callable:
     return decompose
 
 
-_triangle = _batched(_qr_of("r"), 2, (False,), cuda=_one_by_one(_qr_of("r")))
+_triangle = _batched(_qr_of("r"), 2, (False,), lanes.triangle, cuda=_one_by_one(_qr_of("r")))
 _qr = _batched(_qr_of("reduced"), 4, (False, False), lanes.qr, cuda=_one_by_one(_qr_of("reduced")))
 _cholesky = _batched(lambda a: (lax.linalg.cholesky(a, symmetrize_input=False),), 0.34, (False,))
 _lu = _batched(lambda a: tuple(lax.linalg.lu(a)[::2]), 0.67, (False, False))

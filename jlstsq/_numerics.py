@@ -1,7 +1,7 @@
 """Small numerical tools that every other module uses: adjoint, exact products, exact scaling."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any
@@ -57,15 +57,6 @@ def _in_loops(a: jax.Array, b: jax.Array, terms: int) -> jax.Array:
 def abs2(a: jax.Array) -> jax.Array:
     """|a|^2 as a real array; unlike abs(a)**2 it has a derivative at zero."""
     return a.real**2 + a.imag**2 if jnp.iscomplexobj(a) else a**2
-
-
-def materialized(tree: Any) -> Any:
-    """The same numbers, computed once: for what is decided on in several places.
-
-    XLA on GPU computes a number anew in every kernel that needs it, each time with other roundings (fused
-    multiply-adds). A sign, or a test for zero, of a number that cancels must not be answered in two ways.
-    """
-    return lax.optimization_barrier(tree)
 
 
 def in_double(shape: tuple[int, ...], dtype: Any) -> bool:
@@ -141,6 +132,19 @@ def inverse_permutation(perm: jax.Array) -> jax.Array:
     return jnp.where(perm[..., None, :] == index[..., :, None], index[..., None, :], 0).sum(
         -1, dtype=perm.dtype
     )
+
+
+def taken(a: jax.Array, order: jax.Array, axis: int) -> jax.Array:
+    """The rows (axis -2) or columns (-1) of A (*batch, m, n) in the order (*batch, count).
+
+    Of small matrices of a batch on CPU by comparing all.
+    """
+    if not (on_cpu() and a.ndim > 2 and small(a.shape)):
+        return jnp.take_along_axis(a, order[..., None, :] if axis == -1 else order[..., None], axis=axis)
+    index = lax.broadcasted_iota(order.dtype, (*(1,) * (a.ndim - 1), a.shape[axis], 1), a.ndim - 1)
+    if axis == -1:
+        return jnp.where(order[..., None, None, :] == index, a[..., None], 0).sum(-2)
+    return jnp.where(order[..., None, None] == index, a[..., None, :, :], 0).sum(-2)
 
 
 def where_matrix(condition: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -223,6 +227,26 @@ def varying(tree: Any, *data: Any) -> Any:
         return lax.pcast(a, missing, to="varying") if missing else a
 
     return jax.tree.map(cast, tree) if axes else tree
+
+
+def block_by_block(fun: Callable[..., tuple], size: int, args: Sequence[jax.Array]) -> tuple:
+    """`fun` of so many at a time of the leading axis of its arguments, which has at least as many.
+
+    The last block begins earlier rather than being filled up, so some are computed twice. Not differentiable.
+    """
+    count = args[0].shape[0]
+    results = jax.eval_shape(fun, *(jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype) for a in args))
+
+    def one(i, out):
+        first = jnp.minimum(i * size, count - size)
+        new = fun(*(lax.dynamic_slice_in_dim(a, first, size) for a in args))
+        pairs = zip(out, new, strict=True)
+        return tuple(lax.dynamic_update_slice_in_dim(o, n, first, 0) for o, n in pairs)
+
+    # All of it is overwritten. Zeros would be one array for all loops, and each would copy it.
+    any_number = next(a.real.reshape(-1)[0] for a in reversed(args) if a.size)
+    start: Any = tuple(jnp.full((count, *o.shape[1:]), any_number.astype(o.dtype)) for o in results)
+    return lax.fori_loop(0, -(-count // size), one, varying(start, args))
 
 
 def cond(predicate: jax.Array, true: Callable, false: Callable, *data: Any) -> Any:

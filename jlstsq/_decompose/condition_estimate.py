@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._numerics import abs2, materialized, varying
+from .._numerics import abs2, varying
 
 
 def _update(sest: jax.Array, alpha: jax.Array, gamma: jax.Array):
@@ -32,7 +32,8 @@ def _update(sest: jax.Array, alpha: jax.Array, gamma: jax.Array):
     estimate = jnp.where(largest, root, sest * abs(gamma) / root)
     value = jnp.where(largest, top, estimate**2)
     # Of the two rows of the singular matrix take the one with the larger entry next to b.
-    by_first = materialized((a >= d) != largest)
+    # Computed once: XLA on GPU answers it anew, with other roundings, in every kernel that needs it.
+    by_first = lax.optimization_barrier((a >= d) != largest)
     s = jnp.where(by_first, b, (value - d).astype(b.dtype))
     c = jnp.where(by_first, (value - a).astype(b.dtype), b.conj())
     norm = jnp.sqrt(abs2(s) + abs2(c))

@@ -73,16 +73,15 @@ def _norm(a: jax.Array) -> jax.Array:
 
 
 def _block(adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None = None) -> Lanes:
-    """The results of one block of matrices, T (lanes, m, p) and b (lanes, rows, k).
+    """The results of one block of matrices, T (m, p, lanes) and b (rows, k, lanes).
 
     Truncated as gelsd does at `rcond` (lanes,), where it is given.
     """
-    t, b = jnp.moveaxis(t, 0, -1), jnp.moveaxis(b, 0, -1)
     p = t.shape[1]
     t, d, t_finite = unit(t)
     b, b_size, b_finite = unit(b)
-    w = reduced(p, t if adjoint else jnp.concatenate([t, b], axis=1))
-    r = w[:p, :p]
+    w, left = reduced(p, t if adjoint else jnp.concatenate([t, b], axis=1))
+    r = w[:, :p]
     eye = jnp.broadcast_to(jnp.eye(p, dtype=r.dtype)[..., None], r.shape)
     inverse = substitute(r, eye)
     columns = jnp.sqrt(abs2(r).sum(0))
@@ -97,13 +96,13 @@ def _block(adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None = 
         rho = jnp.zeros(b.shape[1:], columns.dtype)
     else:
         # T^+ b = D^-1 R_s^-1 Q^H b
-        x = scale_by(substitute(r, w[:p, p:]), b_size[None], 1 / d[:, None])
-        rho = abs2(w[p:, p:]).sum(0)
+        x = scale_by(substitute(r, w[:, p:]), b_size[None], 1 / d[:, None])
+        rho = abs2(left).sum(0)
     dependence = largest((columns[:, None] * abs(inverse)).sum(0), 0)
     condition = jnp.sqrt(((columns * e) ** 2).sum(0)) * _norm(abs(inverse) / e[:, None])
     rank, s = jnp.full(size.shape, p), jnp.zeros_like(columns)
     if rcond is not None:
-        spectrum = _spectrum(r * e.astype(r.dtype)[None], b if adjoint else w[:p, p:], rcond, adjoint)
+        spectrum = _spectrum(r * e.astype(r.dtype)[None], b if adjoint else w[:, p:], rcond, adjoint)
         nan = jnp.where(spectrum.converged, 1, jnp.nan).astype(size.dtype)
         y = spectrum.solution
         if adjoint:
@@ -115,7 +114,7 @@ def _block(adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None = 
         rho = rho + jnp.where(full[None], 0, spectrum.dropped)
         rank = jnp.where(full, p, spectrum.rank)
         s = spectrum.values * (size * nan)[None]
-    out = Lanes(
+    return Lanes(
         solution=x,
         residuals=rho * b_size * b_size,
         condition=condition,
@@ -125,7 +124,6 @@ def _block(adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None = 
         t_finite=t_finite.all(0),
         b_finite=b_finite,
     )
-    return Lanes(*(jnp.moveaxis(a, -1, 0) for a in out))
 
 
 def solve(adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None = None) -> Lanes:
@@ -134,4 +132,4 @@ def solve(adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None = N
     With `rcond` (N,) as gelsd truncates, and with the singular values.
     """
     thresholds = () if rcond is None else (rcond,)
-    return over_blocks(partial(_block, adjoint), t, b, *thresholds)
+    return Lanes(*over_blocks(partial(_block, adjoint), t, b, *thresholds))
