@@ -3,15 +3,13 @@
 import math
 from collections.abc import Callable
 from itertools import chain
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from . import _lanes as lanes
-from ._kernel import LIBRARY
-from ._numerics import ENTRIES, varying
+from ._batch_last import Unknown, batch_last
+from ._kernel import LIBRARY, may_be_marked
+from ._numerics import ENTRIES, block_by_block
 from ._platform import platform_dependent
 
 # A block of matrices has a multiple of this many, and entries up to (of the largest argument):
@@ -30,8 +28,8 @@ def in_blocks(fun: Callable[..., tuple], batch: tuple, *args: jax.Array, size: i
     """`fun` of arrays with the leading dimensions `batch`, as its results have.
 
     What `fun` makes on the way, several arrays as large as the data, then stays in the cache, and its
-    branches are taken for a block, not for all. The last block begins earlier rather than being filled up,
-    so some matrices are solved twice. Not differentiable: for use inside custom derivatives.
+    branches are taken for a block, not for all. Blocks of small matrices are computed in lanes, all in one
+    kernel (`batch_last`). Not differentiable: for use inside custom derivatives.
     """
     shapes = [a.shape[len(batch) :] for a in args]
     alike = all(a.shape[: len(batch)] == batch for a in args)
@@ -42,27 +40,22 @@ def in_blocks(fun: Callable[..., tuple], batch: tuple, *args: jax.Array, size: i
     if size is None:
         fewest, entries = (lanes.LANES, _SMALL_ENTRIES) if largest <= ENTRIES else (_FEWEST, _ENTRIES)
         size = max(1, entries // max(1, largest) // fewest) * fewest
-    if count < 2 * size or not largest:
+    # Of fewer what there is to save is less than what it takes to compile.
+    in_lanes = count >= 2 * lanes.LANES and largest <= ENTRIES and may_be_marked()
+    if not largest or (not in_lanes and count < 2 * size):
         return fun(*args)
 
-    traced_once = jax.jit(fun)
-
-    def block_by_block(*args):
+    def on_cpu(*args):
         flat = [a.reshape(count, *a.shape[len(batch) :]) for a in args]
-        results = jax.eval_shape(
-            traced_once, *(jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype) for a in flat)
-        )
-
-        def one(i, out):
-            first = jnp.minimum(i * size, count - size)
-            new = traced_once(*(lax.dynamic_slice_in_dim(a, first, size) for a in flat))
-            pairs = zip(out, new, strict=True)
-            return tuple(lax.dynamic_update_slice_in_dim(o, n, first, 0) for o, n in pairs)
-
-        # All of it is overwritten. Zeros would be one array for all loops, and each would copy it.
-        any_number = next(a.real.reshape(-1)[0] for a in reversed(flat) if a.size)
-        start: Any = tuple(jnp.full((count, *o.shape[1:]), any_number.astype(o.dtype)) for o in results)
-        out = lax.fori_loop(0, -(-count // size), one, varying(start, args))
+        if in_lanes:
+            try:
+                out = lanes.over_blocks(batch_last(fun), *flat)
+                return tuple(o.reshape(*batch, *o.shape[1:]) for o in out)
+            except Unknown:  # a library's function, say
+                pass
+        if count < 2 * size:
+            return fun(*args)
+        out = block_by_block(jax.jit(fun), size, flat)
         return tuple(o.reshape(*batch, *o.shape[1:]) for o in out)
 
-    return platform_dependent(*args, cpu=block_by_block, default=fun)
+    return platform_dependent(*args, cpu=on_cpu, default=fun)

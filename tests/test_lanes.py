@@ -10,8 +10,8 @@ import problems
 import pytest
 import scipy.linalg
 
+from jlstsq import _batch_last, _blocks, _kernel, lstsq
 from jlstsq import _lanes as lanes
-from jlstsq import lstsq
 from jlstsq._kernel import _KNOWN, one_kernel
 from jlstsq._numerics import mm
 from jlstsq._platform import platform_dependent
@@ -72,6 +72,55 @@ def test_one_kernel():
         np.testing.assert_array_equal(a, b)
     constant = compiled(lambda: fun(data[0], data[1]))
     np.testing.assert_array_equal(constant()[0], halves(data[0], None)[0])
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("shape", [(8, 3), (4, 2)])
+@pytest.mark.parametrize("driver", ["gels", "gelsy", "gelsd"])
+def test_everything_in_lanes(driver, shape, monkeypatch):
+    """Values and gradients of the smallest have no step that cannot be taken with the batch last."""
+    if not _kernel.may_be_marked():
+        pytest.skip("elsewhere it goes block by block")
+    seen = []
+
+    def batch_last(fun):
+        seen.append(fun)
+        return _batch_last.batch_last(fun)
+
+    monkeypatch.setattr(_blocks, "batch_last", batch_last)
+    monkeypatch.setattr(_blocks, "Unknown", ())
+    A, b = np.ones((300, *shape), np.float32), np.ones((300, shape[0], 1), np.float32)
+
+    def loss(A, b):
+        result = lstsq(A, b, driver=driver)
+        return result.solution.sum() + result.residuals.sum()
+
+    jax.clear_caches()
+    jax.eval_shape(jax.value_and_grad(loss, (0, 1)), A, b)
+    assert len(seen) >= 2
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+def test_dependent_columns(dtype, marked, monkeypatch):
+    """What is left of a column, rounding errors, is the same in every loop that needs it: Q is unitary."""
+    if not marked:
+        monkeypatch.setattr(_kernel, "may_be_marked", lambda: False)
+    rng = np.random.default_rng(0)
+    first, second, b = (
+        problems.right_hand_side(rng, 300 * m, k, dtype).reshape(300, m, k)
+        for m, k in ((5, 1), (1, 3), (5, 2))
+    )
+    A = first @ second
+    jax.clear_caches()  # of the other one's traces
+    r, c, tail = jax.jit(lanes.project)(A, b)
+    q, r_of_q = jax.jit(lanes.qr)(A)
+    jax.clear_caches()
+    assert abs(np.linalg.norm(b, axis=1) ** 2 - (abs(c) ** 2).sum(1) - tail).max() < 1e-4
+    assert abs(np.linalg.norm(A, axis=(1, 2)) - np.linalg.norm(r, axis=(1, 2))).max() < 1e-4
+    assert abs(np.swapaxes(q.conj(), 1, 2) @ q - np.eye(3)).max() < 1e-5
+    assert abs(q @ r_of_q - A).max() < 1e-4
 
 
 @pytest.mark.parametrize("driver", ["gels", pytest.param("gelsy", marks=pytest.mark.slow), "gelsd"])

@@ -23,6 +23,7 @@ from .._numerics import (
     largest,
     mm,
     pick,
+    taken,
     where_matrix,
 )
 from .condition_estimate import estimate_rank
@@ -51,7 +52,7 @@ def _solution(
 ) -> jax.Array:
     """What `solve` returns first, from R P = U Rp and d = U^H c."""
     p = rp.shape[-1]
-    columns, order = kept[..., None], inverse_permutation(perm)[..., None]
+    columns, order = kept[..., None], inverse_permutation(perm)
     both = kept[..., :, None] & kept[..., None, :]
     m = H(jnp.where(columns, rp, 0))
     # Where nothing is dropped the pivoted triangle is all that is needed, and no product of two is formed.
@@ -59,7 +60,7 @@ def _solution(
     eye = identity_like(rp)
     square = jnp.where(both, rp, eye)
     if adjoint:
-        c = jnp.take_along_axis(c, perm[..., None], axis=-2)
+        c = taken(c, perm, -2)
         y_full = triangular_solve(square, triangular_solve(square, c, adjoint=True))
         # L^H, and W^H c with it
         augmented = triangle(jnp.concatenate([m, c], axis=-1))
@@ -72,7 +73,7 @@ def _solution(
         # The seminormal equations of the minimum-norm solution are as accurate as W (Paige 1973).
         lh = jnp.where(both, triangle(m), eye)
         y = mm(m, triangular_solve(lh, triangular_solve(lh, jnp.where(columns, d, 0), adjoint=True)))
-    return jnp.take_along_axis(where_matrix(full, y_full, y), order, axis=-2)
+    return taken(where_matrix(full, y_full, y), order, -2)
 
 
 def decompose(r: jax.Array, rcond: jax.Array) -> Kept:
@@ -89,13 +90,13 @@ def decide(
     rp, d, perm, kept = _pivoted(r, rcond, rides)
     y = _solution(rp, mm(d, c) if turn and not adjoint else d, perm, kept, c, adjoint)
     order = inverse_permutation(perm)
-    rotated = jnp.take_along_axis(rp, order[..., None, :], axis=-1)
+    rotated = taken(rp, order, -1)
     return H(d) if turn else None, rotated, y, kept, perm
 
 
 def rebuild(r: jax.Array, perm: jax.Array, kept: jax.Array) -> Kept:
     """`decompose` of U^H R, from what `decide` returned."""
-    return _factors(identity_like(r), jnp.take_along_axis(r, perm[..., None, :], axis=-1), perm, kept)
+    return _factors(identity_like(r), taken(r, perm, -1), perm, kept)
 
 
 def _pivoted(r: jax.Array, rcond: jax.Array, c: jax.Array) -> tuple[jax.Array, ...]:
@@ -140,11 +141,11 @@ def _factors(u: jax.Array, rp: jax.Array, perm: jax.Array, kept: jax.Array) -> K
     # QR of the kept rows' adjoint, the last row first: L is upper triangular then. Zero columns stay zero
     # under Householder reflections, so what follows the first `rank` columns does not matter.
     rank, index = kept.sum(-1, keepdims=True, dtype=perm.dtype), indices(perm)
-    reverse = jnp.where(index < rank, rank - 1 - index, index)[..., None, :]
-    w, lh = qr(H(jnp.take_along_axis(jnp.where(rows, rp, 0), reverse.mT, axis=-2)))
-    w = jnp.take_along_axis(w, reverse, axis=-1)
-    l = jnp.take_along_axis(jnp.take_along_axis(H(lh), reverse.mT, axis=-2), reverse, axis=-1)  # noqa: E741
-    w = jnp.take_along_axis(w, inverse_permutation(perm)[..., None], axis=-2)
+    reverse = jnp.where(index < rank, rank - 1 - index, index)
+    w, lh = qr(H(taken(jnp.where(rows, rp, 0), reverse, -2)))
+    w = taken(w, reverse, -1)
+    l = taken(taken(H(lh), reverse, -2), reverse, -1)  # noqa: E741
+    w = taken(w, inverse_permutation(perm), -2)
     e = (indices(perm)[..., :, None] == perm[..., None, :]) & columns
     return Kept(
         e=e.astype(rp.dtype),
