@@ -9,6 +9,7 @@ batch, keeps the array with that axis moved to the end, and knows for each primi
 axes. Nothing is assumed of the function: what a step does with the batch is what it does here.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -41,9 +42,9 @@ _INLINED = {
 }
 # (values, equation) -> values, where an axis of some value has been moved
 _RULES: dict[str, Callable[[list[_Value], Any], list[_Value]]] = {}
-_WITHOUT_ARRAYS = ("iota", "platform_index")
 # The same for those that are asked always.
 _CALLS: dict[str, Callable[[list[_Value], Any], list[_Value]]] = {}
+_WITHOUT_ARRAYS = ("iota", "platform_index")
 
 
 def _rule(names: str, rules: dict = _RULES) -> Callable:
@@ -139,19 +140,12 @@ def _(values, equation):
 def _(values, equation):
     ((array, axis),) = values
     new = equation.params["new_sizes"]
-    before = _product(array.shape[:axis])
-    ends = (i for i, d in enumerate(new) if d == array.shape[-1] and _product(new[:i]) == before)
+    before = math.prod(array.shape[:axis])
+    ends = (i for i, d in enumerate(new) if d == array.shape[-1] and math.prod(new[:i]) == before)
     to = next(ends, None)
     if to is None:
         return _as_written(values, equation)
     return [_Value(array.reshape(_ordered(new, to)), to)]
-
-
-def _product(sizes: Iterable[int]) -> int:
-    out = 1
-    for size in sizes:
-        out *= size
-    return out
 
 
 @_rule("squeeze")

@@ -32,7 +32,8 @@ def _update(sest: jax.Array, alpha: jax.Array, gamma: jax.Array):
     estimate = jnp.where(largest, root, sest * abs(gamma) / root)
     value = jnp.where(largest, top, estimate**2)
     # Of the two rows of the singular matrix take the one with the larger entry next to b.
-    # Computed once: XLA on GPU answers it anew, with other roundings, in every kernel that needs it.
+    # Computed once: XLA on GPU answers it anew, with other roundings, in every kernel that needs it. Not
+    # `materialized`: on CPU that is a call, here one for every column of one matrix of any size.
     by_first = lax.optimization_barrier((a >= d) != largest)
     s = jnp.where(by_first, b, (value - d).astype(b.dtype))
     c = jnp.where(by_first, (value - a).astype(b.dtype), b.conj())
