@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import problems
 import pytest
+from marks import slow
 from test_weights_ridge import TALL_WIDE, check_derivatives, filtered
 
 from jlstsq import factorize, lstsq
@@ -33,7 +34,7 @@ def outputs(factors, B, C):
     }
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weights and ridge"])
+@pytest.mark.parametrize("weighted", [True, *slow(False)], ids=["weights and ridge", "plain"])
 @TALL_WIDE
 def test_against_the_definitions(driver, shape, weighted, x64):
     """A full and a deficient matrix in one batch, complex."""
@@ -82,7 +83,7 @@ def test_against_the_definitions(driver, shape, weighted, x64):
     np.testing.assert_allclose(out["errors"], errors, atol=1e-12)
 
 
-@pytest.mark.parametrize("driver", ["gels", "gelsy", pytest.param("gelsd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("driver", ["gelsy", *slow("gels", "gelsd")])
 def test_is_lstsq(driver, x64):
     """Shapes, the vector rule, NaN and values are those of `lstsq`."""
     rng = np.random.default_rng(1)
@@ -180,7 +181,7 @@ def test_derivatives(driver, shape, weighted, x64):
     check_derivatives(A, B, weights, ridge, 0.35, driver, differentiable_outputs)
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (3, 5)], ids=["tall", "wide"])
+@pytest.mark.parametrize("shape", [(5, 3), *slow((3, 5))], ids=["tall", "wide"])
 def test_gradient_is_that_of_lstsq(shape, x64):
     """Also through checkpoint, and where the factorisation is made and used twice."""
     rng = np.random.default_rng(4)

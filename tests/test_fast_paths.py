@@ -406,6 +406,7 @@ def test_vmap_over_rcond_reduces_once(driver, x64):
         np.testing.assert_allclose(result.solution[i], one.solution, atol=1e-13)
 
 
+@pytest.mark.single_first
 @pytest.mark.parametrize("shape", [(5, 2), (40, 2)], ids=str)
 def test_columns_of_any_scale(shape, precision):
     """What is left of a column may underflow when squared: the same answer from values, jvp and factors."""

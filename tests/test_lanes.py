@@ -9,6 +9,7 @@ import numpy as np
 import problems
 import pytest
 import scipy.linalg
+from marks import slow, slow_cases
 
 from jlstsq import _batch_last, _blocks, _kernel, lstsq
 from jlstsq import _lanes as lanes
@@ -75,7 +76,7 @@ def test_one_kernel():
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("shape", [(8, 3), (4, 2)])
+@pytest.mark.parametrize("shape", [(8, 3), *slow((4, 2))], ids=str)
 @pytest.mark.parametrize("driver", ["gels", "gelsy", "gelsd"])
 def test_everything_in_lanes(driver, shape, monkeypatch):
     """Values and gradients of the smallest have no step that cannot be taken with the batch last."""
@@ -123,7 +124,7 @@ def test_dependent_columns(dtype, marked, monkeypatch):
     assert abs(q @ r_of_q - A).max() < 1e-4
 
 
-@pytest.mark.parametrize("driver", ["gels", pytest.param("gelsy", marks=pytest.mark.slow), "gelsd"])
+@pytest.mark.parametrize("driver", ["gelsd", *slow("gels", "gelsy")])
 def test_kernels_of_a_batch(driver, x64):
     """However it is used: one result alone, A its own right-hand sides, constants, two platforms."""
     rng = np.random.default_rng(0)
@@ -157,8 +158,16 @@ def test_products_on_cpu(shapes):
         np.testing.assert_array_equal(product(a, b), a @ b)
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow), "complex128"])
-@pytest.mark.parametrize("p", [1, 2, pytest.param(3, marks=pytest.mark.slow), 6])
+@pytest.mark.parametrize(
+    ("p", "dtype"),
+    [
+        (1, "complex128"),
+        (2, "float32"),
+        (6, "complex128"),
+        *slow_cases((1, "float32"), (1, "float64"), (2, "float64"), (2, "complex128")),
+        *slow_cases((3, "float32"), (3, "float64"), (3, "complex128"), (6, "float32"), (6, "float64")),
+    ],
+)
 def test_decompositions(p, dtype, x64):
     A = triangles(p, dtype)
     eps, eye = np.finfo(dtype).eps, np.eye(p)
@@ -254,7 +263,8 @@ def test_truncated_batches(driver, wide, x64):
     assert (several.rank[2] <= few.rank).all()
 
 
-@pytest.mark.parametrize("p", [pytest.param(4, marks=pytest.mark.slow), 8])
+@pytest.mark.single_first
+@pytest.mark.parametrize("p", [8, *slow(4)])
 def test_hard_spectra_converge(p, precision):
     """Integers of low rank, whose rounding errors collapse; columns that decay to underflow; zero columns."""
     dtype = np.float64 if precision else np.float32

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from marks import slow
 
 from jlstsq import lstsq
 
@@ -37,7 +38,7 @@ def run(kind, program):
     subprocess.run([sys.executable, "-c", START.replace("KIND", kind) + program], check=True, timeout=900)
 
 
-EVERY = [False, pytest.param(True, marks=pytest.mark.slow)]
+EVERY = [False, *slow(True)]
 
 EXPLICIT = """
 x, none = "x", None
@@ -148,8 +149,8 @@ for shape in ((4, 6, 3), (4, 40, 12)):
 """
 
 
-@pytest.mark.parametrize("driver", ["gels", "gelsy", "gelsd"])
-@pytest.mark.parametrize("shape", [(4, 6, 3), pytest.param((4, 40, 12), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("driver", ["gelsy", *slow("gels", "gelsd")])
+@pytest.mark.parametrize("shape", [(4, 6, 3), *slow((4, 40, 12))], ids=str)
 def test_varying_types(shape, driver, x64):
     """The types of what varies over a mesh are right, traced without compiling: one device is enough."""
     mesh, spec = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,)), PartitionSpec("x")
