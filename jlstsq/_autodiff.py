@@ -64,8 +64,13 @@ def linear_solve(matvec: Callable, b: Any, solve: Callable, transpose_solve: Cal
     """`lax.custom_linear_solve` of a tree, of which only some leaves may move: there it fails (jax 0.10.2).
 
     So all are made to depend on each other: in b, in the solution, in the equation and its adjoint.
+
+    What JAX keeps for the adjoint of `matvec` is what `matvec` closes over. Without the checkpoint it is what
+    of `matvec` does not depend on z, every array of every branch, computed with the value and kept for the
+    derivative, where nothing but derivatives of higher order asks for it.
     """
-    return _tied(lax.custom_linear_solve(lambda z: _tied(matvec(_tied(z))), _tied(b), solve, transpose_solve))
+    equation = jax.checkpoint(lambda z: _tied(matvec(_tied(z))), prevent_cse=False)
+    return _tied(lax.custom_linear_solve(equation, _tied(b), solve, transpose_solve))
 
 
 def _with_adjoint(zeros: Any, x: Any, linear: Callable, evaluate: Callable, adjoint: Callable) -> tuple:

@@ -319,6 +319,19 @@ def check_one_factorisation(text, driver):
     assert "f64[300,300" not in text
 
 
+@pytest.mark.parametrize("shape", [(300, 7), (7, 300), (40, 60, 20)], ids=str)
+@pytest.mark.parametrize("driver", ["gels", *slow("gelsy", "gelsd")])
+def test_what_waits_for_the_derivative(driver, shape, x64):
+    """The data, R and the residuals: less than twice A, not what a derivative makes of them on its way."""
+    A, B = jnp.ones(shape), jnp.ones((*shape[:-1], 2))
+
+    def waiting(A, B):
+        return jax.vjp(lambda A, B: lstsq(A, B, driver=driver)[:2], A, B)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(waiting, A, B))
+    assert sum(a.size for a in kept if a.dtype == A.dtype) < 2 * A.size
+
+
 def test_constants_cost_nothing(x64):
     """The derivative in B alone leaves out what A's motion needs: fewer products with the tall matrix."""
 
