@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import light
 import numpy as np
 import pytest
+from marks import slow
 
 from jlstsq._autodiff import choose, linear_solve, where_used
 
@@ -147,7 +148,7 @@ def test_keeps_no_tracer(x64):
         jax.grad(jax.jit(loss))(jnp.ones((6, 3)), jnp.bool(True))
 
 
-@pytest.mark.parametrize("used", ["xy", *(pytest.param(one, marks=pytest.mark.slow) for one in "xy")])
+@pytest.mark.parametrize("used", ["xy", *slow("x", "y")])
 def test_linear_solve_of_a_tree(used, x64):
     """[I A; 0 D] (x, y) = (f, g): every order and mode where any of A, D, f and g moves, and only it."""
     rng = np.random.default_rng(3)

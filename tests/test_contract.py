@@ -145,6 +145,11 @@ def test_rcond(driver, x64):
     rng = np.random.default_rng(2)
     A = np.stack([problems.with_spectrum(rng, 6, 4, [1, 0.5, 1e-3, 1e-6]) for _ in range(3)])
     B = rng.standard_normal((3, 6, 2))
+
+    def given(rcond):
+        # A program for each kind of number: of gelsd.
+        return rcond if driver != "gelsy" or rcond is None else np.full(3, rcond, float)
+
     for rcond, ranks in [
         (None, [4, 4, 4]),
         (1e-4, [3, 3, 3]),
@@ -155,14 +160,12 @@ def test_rcond(driver, x64):
         (1, [0, 0, 0]),
         (2.5, [0, 0, 0]),
     ]:
-        if driver == "gelsy" and rcond is not None:  # a program for each kind of number: of gelsd
-            rcond = np.full(3, rcond, float)
-        result = lstsq(A, B, rcond, driver=driver)
+        result = lstsq(A, B, given(rcond), driver=driver)
         np.testing.assert_array_equal(result.rank, ranks)
         if max(ranks) == 0:
             assert not np.asarray(result.solution).any()
             np.testing.assert_allclose(result.residuals, (B**2).sum(1))
-    nan = lstsq(A, B, np.full(3, np.nan), driver=driver)
+    nan = lstsq(A, B, given(np.nan), driver=driver)
     assert np.isnan(nan.solution).all()
     assert not np.asarray(nan.rank).any()
     traced = jax.jit(lambda r: lstsq(A, B, r, driver=driver).rank)(1e-4)

@@ -5,6 +5,7 @@ import numpy as np
 import problems
 import pytest
 import scipy.linalg
+from marks import slow, slow_cases
 
 from jlstsq import lstsq
 from jlstsq._decompose.pivoted_qr import pivoted_at_once, pivoted_qr
@@ -29,7 +30,7 @@ def matrix(rng, p, kind):
 @pytest.mark.parametrize("kind", ["deficient", "graded", "repeated", "scaled", "complex", "zero"])
 @pytest.mark.parametrize(
     ("p", "factor"),
-    [(20, pivoted_qr), pytest.param(50, pivoted_qr, marks=pytest.mark.slow), (50, pivoted_at_once)],
+    [(20, pivoted_qr), *slow_cases((50, pivoted_qr)), (50, pivoted_at_once)],
     ids=["one panel", "two panels", "at once"],
 )
 def test_pivoted_qr(p, factor, kind, precision):
@@ -64,7 +65,7 @@ def test_pivoted_qr(p, factor, kind, precision):
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("p", [30, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("p", [30, *slow(150)])
 @pytest.mark.parametrize("kind", [np.float32, np.float64, np.complex128])
 def test_pivots_of_a_slope(p, kind, x64):
     """To nearly rounding errors, in several stages, the pivots are LAPACK's; what is below `stop` is left."""
@@ -122,9 +123,7 @@ def test_rank_in_a_slope(rcond, x64):
     assert (rank != result.rank).sum() <= 1
 
 
-@pytest.mark.parametrize(
-    "shape", [(90, 40), pytest.param((40, 90), marks=pytest.mark.slow)], ids=["tall", "wide"]
-)
+@pytest.mark.parametrize("shape", [(90, 40), *slow((40, 90))], ids=["tall", "wide"])
 def test_gelsy_of_many_columns(shape, x64):
     """Truncated: the solution is gelsd's, the gradient that of differences within matrices of this rank."""
     rng = np.random.default_rng(5)
@@ -214,8 +213,7 @@ def test_truncates_as_xgelsy(shape, x64):
     ("n", "dtype"),
     [
         (40, np.float32),
-        *(pytest.param(n, np.complex64, marks=pytest.mark.slow) for n in (8, 20, 40)),
-        *(pytest.param(n, np.float32, marks=pytest.mark.slow) for n in (8, 20)),
+        *slow_cases(*((n, np.complex64) for n in (8, 20, 40)), *((n, np.float32) for n in (8, 20))),
     ],
     ids=str,
 )  # fmt: skip

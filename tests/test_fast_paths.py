@@ -8,6 +8,7 @@ import numpy as np
 import problems
 import pytest
 import scipy.linalg
+from marks import slow
 
 from jlstsq import _fast, factorize, lstsq
 from jlstsq._factors import factorise
@@ -57,9 +58,7 @@ def test_accepted_solutions_are_right(shape, precision):
         assert result.condition[i] * 1.001 >= kappa * (1 - 1e3 * eps * kappa)
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float32", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float64", "complex128"))]
-)
+@pytest.mark.parametrize("dtype", ["float32", *slow("float64", "complex128")])
 def test_one_large_matrix(dtype, x64):
     """Without an inverse triangle: every bound is one, and what is solved is right, tall and wide."""
     p, eps, cpu = 260, np.finfo(dtype).eps, jax.default_backend() == "cpu"
@@ -145,7 +144,7 @@ def test_double_sums_lose_no_digit_of_single_precision(batch, precision):
 
 
 @pytest.mark.single_first
-@pytest.mark.parametrize("shape", [(60, 9), pytest.param((9, 60), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("shape", [(60, 9), *slow((9, 60))], ids=str)
 def test_accepted_gradients_are_right(shape, precision, monkeypatch):
     """Over a sweep of condition numbers: without Q as accurate as with Q, to the gradient's own rounding."""
     dtype = np.float64 if precision else np.float32
@@ -289,7 +288,7 @@ def test_corrected_product(x64):
 
 
 @pytest.mark.single_first
-@pytest.mark.parametrize("power", [pytest.param(-900, marks=pytest.mark.slow), 1005])
+@pytest.mark.parametrize("power", [*slow(-900), 1005])
 def test_ends_of_the_range(power, precision):
     """What scales T is not lost in a small matrix: values through the sketch, gradients of what truncates."""
     dtype, power = (np.float64, power) if precision else (np.float32, power // 9)
@@ -356,7 +355,7 @@ def test_sketch_refuses_or_is_right(spoil, x64):
     np.testing.assert_allclose(result.solution, x, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "complex128"])
+@pytest.mark.parametrize("dtype", [*slow("float32"), "complex128"])
 def test_whole_numbers(dtype, x64):
     """Exactly orthogonal, equal and dependent columns, where what is left of a column may cancel or not."""
     rng = np.random.default_rng(5)
@@ -376,7 +375,7 @@ def test_whole_numbers(dtype, x64):
     assert abs(result.singular_values - s).max() <= 40 * eps * s.max()
 
 
-@pytest.mark.parametrize("n", [3, 8, 12, pytest.param(256, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [3, 8, 12, *slow(256)])
 def test_columns_at_the_ends_of_the_range(n, x64):
     """Everything is kept where rcond is 0, and no product of two sizes may overflow."""
     rng = np.random.default_rng(6)

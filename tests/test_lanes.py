@@ -212,8 +212,7 @@ def test_decompositions(p, dtype, x64):
     [
         ("gelsd", True),
         ("gelsy", False),
-        pytest.param("gelsd", False, marks=pytest.mark.slow),
-        pytest.param("gelsy", True, marks=pytest.mark.slow),
+        *slow_cases(("gelsd", False), ("gelsy", True)),
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ import numpy as np
 import problems
 import pytest
 import scipy.linalg
-from marks import slow
+from marks import slow, slow_cases
 
 from jlstsq import lstsq
 
@@ -151,9 +151,7 @@ def test_gels_solves_vandermonde_in_float32():
     ("driver", "shape"),
     [
         ("gelsy", (12, 6)),
-        pytest.param("gelsd", (6, 12), marks=pytest.mark.slow),
-        pytest.param("gelsy", (6, 12), marks=pytest.mark.slow),
-        pytest.param("gelsd", (12, 6), marks=pytest.mark.slow),
+        *slow_cases(("gelsd", (6, 12)), ("gelsy", (6, 12)), ("gelsd", (12, 6))),
     ],
     ids=str,
 )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import problems
 import pytest
-from marks import slow
+from marks import slow, slow_cases
 
 from jlstsq import lstsq
 
@@ -110,7 +110,7 @@ def single(shape, dtype):
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((3, 30, 10), np.complex64), pytest.param((2, 200, 70), np.float32, marks=pytest.mark.slow)],
+    [((3, 30, 10), np.complex64), *slow_cases(((2, 200, 70), np.float32))],
     ids=str,
 )
 def test_double_sums_under_vmap(shape, dtype):
