@@ -25,6 +25,9 @@ from .peers import PEERS, gradient_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Seconds in which a library loads and compiles its first programs, which is no case's time.
+STARTING = 120.0
+
 
 @dataclass(frozen=True)
 class Options:
@@ -71,17 +74,23 @@ class WorkerFailedError(Exception):
 
 
 class Process:
-    """A library's worker; it starts when it is asked first, and again after it was lost."""
+    """A library's worker, to be started before it is asked, and again after it was lost."""
 
     def __init__(self, peer: str, device: str):
         """Nothing runs yet."""
         self.peer, self.device = peer, device
         self.process: subprocess.Popen | None = None
 
-    def ask(self, limit: float, **request: Any) -> dict[str, Any]:
-        """The worker's answer; WorkerFailedError where it raises, dies or takes longer than `limit`."""
+    def start(self) -> dict[str, Any]:
+        """What the library says of itself; the worker runs after that."""
         if self.process is None:
             self.process = self._start()
+            self.described = self.ask(STARTING, op="hello")
+        return self.described
+
+    def ask(self, limit: float, **request: Any) -> dict[str, Any]:
+        """The worker's answer; WorkerFailedError where it raises, dies or takes longer than `limit`."""
+        assert self.process is not None
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -168,7 +177,7 @@ def _start_all(processes: dict[str, Process], options: Options) -> dict[str, dic
     described: dict[str, dict[str, Any]] = {}
     for peer in list(processes):
         try:
-            answer = processes[peer].ask(options.limit, op="hello")
+            answer = processes[peer].start()
         except WorkerFailedError as error:
             print(f"{peer} does not start, left out: {error}")
             del processes[peer]
@@ -190,14 +199,17 @@ def measure(case: Case, processes: dict[str, Process], platform: str, options: O
 
     def ask(contestant: Contestant, op: str, **request: Any) -> dict[str, Any] | None:
         request |= {"op": op, "case": asdict(case), "driver": contestant.driver, "mode": contestant.mode}
-        start = time.monotonic()
+        process = processes[contestant.peer]
         try:
-            return processes[contestant.peer].ask(options.limit - contestant.used, **request)
+            process.start()  # where it was lost, which is not this contestant's time
+            start = time.monotonic()
+            try:
+                return process.ask(options.limit - contestant.used, **request)
+            finally:
+                contestant.used += time.monotonic() - start
         except WorkerFailedError as error:
             contestant.status, contestant.message = "failed", str(error)
             return None
-        finally:
-            contestant.used += time.monotonic() - start
 
     for contestant in contestants:
         if contestant.status == "ok" and (
