@@ -5,6 +5,7 @@ matrix of a batch, the careful one: scale, reduce, decompose. The choice is one 
 batch, but each matrix that the fast path solved keeps that result: no answer depends on its neighbours.
 """
 
+from collections.abc import Callable
 from functools import cache, partial
 
 import jax
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 from . import _fast as fast
 from . import _lanes as lanes
 from ._blocks import of_matrices
-from ._decompose import solve_decided, svd
-from ._numerics import cond, identity_like, mm, native_batch, pick, scaled, small, varying, where_matrix
+from ._decompose import solve_decided, solve_truncated
+from ._numerics import cond, identity_like, mm, native_batch, pick, small, varying, where_matrix
 from ._reduce import project, squared_residuals, triangle
 from ._scaling import good, scale, unscale
 
@@ -27,13 +28,12 @@ def _careful(
     t: jax.Array,
     rcond: jax.Array,
     b: jax.Array,
-    reduced: tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
+    reduced: Callable[..., tuple[jax.Array | None, fast.Projected]] | None = None,
     known: jax.Array | None = None,
 ) -> Answer:
     """Scale, reduce, decompose, apply. rcond may have more leading dimensions than T and b.
 
-    Some may be `reduced` (`_fast.Attempt`), with their squared residuals. Singular values that are `known`
-    need not be found.
+    Some may be `reduced` (`_fast.Attempt`). Singular values that are `known` need not be found.
     """
     t_scaled, b, scales = scale(t, b)
     down = scales.t_size[1]
@@ -43,24 +43,32 @@ def _careful(
         # Of a square matrix that was refused the SVD is next; QR first is waste. Not so for gelsy, whose
         # pivots in noise would be others than those of R, which its derivative has.
         safe = where_matrix(scales.t_finite, t_scaled, identity_like(t_scaled))
-        x, rank, s = svd.solve(safe, rcond, driver, b, adjoint=False)
+        x, rank, s = solve_truncated(driver, False, safe, rcond, b)
         return unscale(scales, x, none, rank, s, good(driver, scales, rcond, scales.t_finite))
 
     def reduce():
         return (triangle(t, down, cut), b, none) if wide else project(t, b, down, cut)
 
+    certified, finite = False, scales.t_finite
     if reduced is None:
         r, c, tail = reduce()
     else:
-        (right, r, c), tail = reduced
-        b_down = scales.b_size[1]
-        mine = scaled(r, down), c * b_down[..., None, :].astype(c.dtype), tail * b_down * b_down
+        right, mine = reduced(scales, b)
+        certified = right is None
 
-        def otherwise():
+        def otherwise(right):
             return jax.tree.map(partial(pick, right), mine, reduce())
 
-        r, c, tail = cond(right.all(), lambda: mine, otherwise, t, b, down)
-    y, rank, usable, s = solve_decided(driver, wide, r, rcond, scales.t_finite, c, known)
+        if right is None:
+            r, c, tail = mine
+        else:
+            r, c, tail = cond(right.all(), lambda: mine, partial(otherwise, right), t, b, down)
+    if certified:
+        r = where_matrix(finite, r, identity_like(r))
+        y, rank, s = solve_truncated(driver, wide, r, rcond, c)
+        usable = finite
+    else:
+        y, rank, usable, s = solve_decided(driver, wide, r, rcond, finite, c, known)
     if wide:
         # T y with R backward stable is as accurate as using Q (Paige 1973).
         x, rho = mm(t_scaled, y), jnp.broadcast_to(tail, (*rcond.shape, tail.shape[-1]))
@@ -73,8 +81,7 @@ def _values(driver: str, wide: bool, t: jax.Array, rcond: jax.Array, b: jax.Arra
     attempt = fast.attempt(driver, wide, t, b, rcond)
     if attempt is None:
         return _careful(driver, wide, t, rcond, b)
-    reduced = None if attempt.reduced is None else (attempt.reduced, attempt.residuals)
-    careful = partial(_careful, driver, wide, t, rcond, b, reduced)
+    careful = partial(_careful, driver, wide, t, rcond, b, attempt.reduced)
     gels = driver == "gels"
     proven = attempt.solved & attempt.decided
 

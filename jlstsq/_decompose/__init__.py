@@ -75,6 +75,16 @@ def _solve_full(r: jax.Array, b: jax.Array, adjoint: bool) -> jax.Array:
     return triangular_solve(r, b)
 
 
+def solve_truncated(
+    driver: str, adjoint: bool, r: jax.Array, rcond: jax.Array, c: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """By the driver's own decomposition of R: y as in `solve_decided`, the rank and the singular values."""
+    if driver == "gelsy":
+        y, rank = complete_orthogonal.solve(r, rcond, c, adjoint)
+        return y, rank, jnp.zeros(r.shape[:-1], rcond.dtype)
+    return svd.solve(r, rcond, driver, c, adjoint)
+
+
 def solve_decided(
     driver: str,
     adjoint: bool,
@@ -105,11 +115,10 @@ def solve_decided(
         return y, rank, s if driver == "gelsy" else svd.values(safe, driver)
 
     def truncated():
+        kept, rank, values = solve_truncated(driver, adjoint, r, rcond, c)
         if driver == "gelsy":
-            kept, rank = complete_orthogonal.solve(r, rcond, c, adjoint)
             values = s
         else:
-            kept, rank, values = svd.solve(r, rcond, driver, c, adjoint)
             # A neighbour's truncation must not change them in the last digit.
             if rcond.shape != ok.shape:
                 values = svd.values(safe, driver)

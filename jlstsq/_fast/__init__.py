@@ -13,10 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from .._decompose import certificate, svd
-from .._numerics import abs2, in_double, largest_entry, small, where_matrix
+from .._numerics import abs2, in_double, largest_entry, scaled, small, where_matrix
 from .._operator import Operator
+from .._platform import on_cpu
 from .._reduce import cholesky
+from .._scaling import Scales
 from . import lanes, lu, seminormal
+
+# R (*batch, p, p), Q^H b (*batch, p, k) and the squared norms (*batch, k) of the columns of (I - Q Q^H) b
+Projected = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Attempt(NamedTuple):
@@ -33,9 +38,9 @@ class Attempt(NamedTuple):
     t_finite: jax.Array  # (*batch) bool
     b_finite: jax.Array  # (*batch, k) bool
     singular_values: Callable[[], jax.Array]  # () -> (*batch, p)
-    # where flags (*batch) are set R (*batch, p, p) and Q^H b (*batch, p, k) as good as Householder's;
-    # b itself for the adjoint problem
-    reduced: tuple[jax.Array, jax.Array, jax.Array] | None = None
+    # of the scaled T and b what `_reduce.project` finds, as good as Householder's where the flags (*batch)
+    # are set (None: everywhere); for the adjoint problem R, b itself and zero
+    reduced: Callable[[Scales, jax.Array], tuple[jax.Array | None, Projected]] | None = None
 
 
 def attempt(driver: str, adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array) -> Attempt | None:
@@ -80,6 +85,12 @@ def _by_gram(driver: str, adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.
     else:
         x, c, rho, done = seminormal.least_squares(Operator(t), factor, b)
     right = factor.accepted & in_range & done.all(-1)
+
+    def reduced(scales: Scales, _: jax.Array):
+        down = scales.b_size[1]
+        triangle = scaled(factor.triangle, scales.t_size[1])
+        return right & factor.precise, (triangle, c * down[..., None, :].astype(c.dtype), rho * down * down)
+
     return Attempt(
         solution=x,
         residuals=rho,
@@ -93,7 +104,7 @@ def _by_gram(driver: str, adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.
         b_finite=b_finite,
         singular_values=lambda: svd.values(cholesky.triangle(t, factor), driver),
         # Only in double precision is the Cholesky factor as good as that.
-        reduced=(right & factor.precise, factor.triangle, c) if in_double(t.shape, t.dtype) else None,
+        reduced=reduced if in_double(t.shape, t.dtype) else None,
     )
 
 
@@ -128,8 +139,20 @@ def _by_lanes(driver: str, adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax
     batch = t.shape[:-2]
     size = math.prod(batch)
     flat_t, flat_b = (a.reshape(size, *a.shape[-2:]) for a in (t, b))
-    flat = lanes.solve(adjoint, flat_t, flat_b, rcond.reshape(size) if spectrum else None)
-    out = lanes.Lanes(*(a.reshape(*batch, *a.shape[1:]) for a in flat))
+    # Inside one kernel R stays in the cache; elsewhere to write it would cost those that need nothing of it.
+    keep = driver == "gelsy" and on_cpu()
+    flat = lanes.solve(adjoint, flat_t, flat_b, rcond.reshape(size) if spectrum else None, keep)
+    out, kept = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), flat)
+
+    def reduced(scales: Scales, b: jax.Array):
+        r = kept.r * (kept.t_size * scales.t_size[1][..., None])[..., None, :].astype(kept.r.dtype)
+        if adjoint:
+            return None, (r, b, kept.tail)
+        # Of a column that is zero there is nothing to scale.
+        to = kept.b_size * scales.b_size[1]
+        c = jnp.where(scales.b_finite[..., None, :], kept.c, 0) * to[..., None, :].astype(kept.c.dtype)
+        return None, (r, c, kept.tail * to * to)
+
     if spectrum:
         decided = jnp.ones_like(out.t_finite)
     else:
@@ -146,4 +169,5 @@ def _by_lanes(driver: str, adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax
         t_finite=out.t_finite,
         b_finite=out.b_finite,
         singular_values=lambda: out.singular_values,
+        reduced=reduced if keep else None,
     )

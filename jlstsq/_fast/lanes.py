@@ -27,6 +27,19 @@ class Lanes(NamedTuple):
     b_finite: jax.Array  # (N, k) bool
 
 
+class Reduced(NamedTuple):
+    """T D^-1 = Q R with columns of order one, and what Q makes of b, its columns scaled alike.
+
+    For the adjoint problem R alone is of use.
+    """
+
+    r: jax.Array  # (N, p, p)
+    c: jax.Array  # (N, p, k), Q^H b
+    tail: jax.Array  # (N, k), squared norms of (I - Q Q^H) b
+    t_size: jax.Array  # (N, p), D: powers of two
+    b_size: jax.Array  # (N, k)
+
+
 class _Spectrum(NamedTuple):
     """R = U diag(s) V^H truncated at s <= rcond s_1, the batch last."""
 
@@ -72,8 +85,8 @@ def _norm(a: jax.Array) -> jax.Array:
     return up * jnp.sqrt(((a * down[None, None]) ** 2).sum((0, 1)))
 
 
-def _block(adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None = None) -> Lanes:
-    """The results of one block of matrices, T (m, p, lanes) and b (rows, k, lanes).
+def _block(adjoint: bool, keep: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None = None) -> tuple:
+    """The results of one block of matrices, T (m, p, lanes) and b (rows, k, lanes); `keep` what is `Reduced`.
 
     Truncated as gelsd does at `rcond` (lanes,), where it is given.
     """
@@ -98,6 +111,7 @@ def _block(adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None = 
         # T^+ b = D^-1 R_s^-1 Q^H b
         x = scale_by(substitute(r, w[:, p:]), b_size[None], 1 / d[:, None])
         rho = abs2(left).sum(0)
+    kept = Reduced(r, w[:, p:], rho, d, b_size) if keep else ()
     dependence = largest((columns[:, None] * abs(inverse)).sum(0), 0)
     condition = jnp.sqrt(((columns * e) ** 2).sum(0)) * _norm(abs(inverse) / e[:, None])
     rank, s = jnp.full(size.shape, p), jnp.zeros_like(columns)
@@ -114,7 +128,7 @@ def _block(adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None = 
         rho = rho + jnp.where(full[None], 0, spectrum.dropped)
         rank = jnp.where(full, p, spectrum.rank)
         s = spectrum.values * (size * nan)[None]
-    return Lanes(
+    found = Lanes(
         solution=x,
         residuals=rho * b_size * b_size,
         condition=condition,
@@ -124,12 +138,17 @@ def _block(adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None = 
         t_finite=t_finite.all(0),
         b_finite=b_finite,
     )
+    return *found, *kept
 
 
-def solve(adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None = None) -> Lanes:
-    """T^+ b or T^+H b for T (N, m, p) and b (N, rows, k), and what is to be known of R.
+def solve(
+    adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax.Array | None = None, keep: bool = False
+) -> tuple[Lanes, Reduced | None]:
+    """T^+ b or T^+H b for T (N, m, p) and b (N, rows, k), and what is to be known of R; R too to `keep` it.
 
     With `rcond` (N,) as gelsd truncates, and with the singular values.
     """
     thresholds = () if rcond is None else (rcond,)
-    return Lanes(*over_blocks(partial(_block, adjoint), t, b, *thresholds))
+    out = over_blocks(partial(_block, adjoint, keep), t, b, *thresholds)
+    found = len(Lanes._fields)
+    return Lanes(*out[:found]), Reduced(*out[found:]) if keep else None
