@@ -141,6 +141,11 @@ def taken(a: jax.Array, order: jax.Array, axis: int) -> jax.Array:
     """
     if not (on_cpu() and a.ndim > 2 and small(a.shape)):
         return jnp.take_along_axis(a, order[..., None, :] if axis == -1 else order[..., None], axis=axis)
+    if math.prod(order.shape) * math.prod(a.shape[-2:]) >= LIBRARY:  # one sum has too many terms, see `mm`
+        place, out = jnp.expand_dims(order, -2 if axis == -1 else -1), jnp.zeros((), a.dtype)
+        for i in range(a.shape[axis]):
+            out = jnp.where(place == i, lax.slice_in_dim(a, i, i + 1, axis=axis), out)
+        return out
     index = lax.broadcasted_iota(order.dtype, (*(1,) * (a.ndim - 1), a.shape[axis], 1), a.ndim - 1)
     if axis == -1:
         return jnp.where(order[..., None, None, :] == index, a[..., None], 0).sum(-2)
