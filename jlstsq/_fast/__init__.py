@@ -17,7 +17,7 @@ from .._numerics import abs2, in_double, largest_entry, scaled, small, where_mat
 from .._operator import Operator
 from .._platform import on_cpu
 from .._reduce import cholesky
-from .._scaling import Scales
+from .._scaling import Scales, scale_columns
 from . import lanes, lu, seminormal
 
 # R (*batch, p, p), Q^H b (*batch, p, k) and the squared norms (*batch, k) of the columns of (I - Q Q^H) b
@@ -150,8 +150,7 @@ def _by_lanes(driver: str, adjoint: bool, t: jax.Array, b: jax.Array, rcond: jax
             return None, (r, b, kept.tail)
         # Of a column that is zero there is nothing to scale.
         to = kept.b_size * scales.b_size[1]
-        c = jnp.where(scales.b_finite[..., None, :], kept.c, 0) * to[..., None, :].astype(kept.c.dtype)
-        return None, (r, c, kept.tail * to * to)
+        return None, (r, scale_columns(kept.c, to, scales.b_finite), kept.tail * to * to)
 
     if spectrum:
         decided = jnp.ones_like(out.t_finite)
