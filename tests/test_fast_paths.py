@@ -527,7 +527,7 @@ HARD = ("growth", "graded growth", "repeated", "sum", "zero column", "zero", "tr
 
 
 @pytest.mark.parametrize(
-    "kind", [*EASY, *HARD, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e10, 1e12, 1e14, 1e16], ids=str
+    "kind", [*EASY, *HARD, 1e3, 1e4, 2e4, 4e4, 6e4, 1e5, 1e6, 1e7, 1e8, 1e10, 1e12, 1e14, 1e16], ids=str
 )
 def test_square_by_elimination(kind, precision, by_lu):
     """What is accepted is as good as by Householder's method, with the same rank and NaN decisions."""
@@ -549,7 +549,8 @@ def test_square_by_elimination(kind, precision, by_lu):
         scaled = np.linalg.norm(r, axis=0)[:, None] * abs(scipy.linalg.solve_triangular(r, np.eye(SQUARE)))
         assert scaled.sum(0).max() * np.finfo(dtype).eps < 0.25
         assert backward_error(A, np.asarray(gels.solution)[:, 0], b) <= 2
-    if kind in ("gaussian", 1e1, 1e2):
+    sharp = isinstance(kind, float) and kind * SQUARE * np.finfo(dtype).eps < 0.35 and not precision
+    if kind in ("gaussian", 1e1, 1e2) or sharp:
         assert certified
         assert gels.solved
     if kind in ("growth", "repeated", "sum", "zero column", "zero", 1e16):

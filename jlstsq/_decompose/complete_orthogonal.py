@@ -54,26 +54,35 @@ def _solution(
     p = rp.shape[-1]
     columns, order = kept[..., None], inverse_permutation(perm)
     both = kept[..., :, None] & kept[..., None, :]
-    m = H(jnp.where(columns, rp, 0))
-    # Where nothing is dropped the pivoted triangle is all that is needed, and no product of two is formed.
-    full = kept.all(-1)
     eye = identity_like(rp)
     square = jnp.where(both, rp, eye)
     if adjoint:
         c = taken(c, perm, -2)
-        y_full = triangular_solve(square, triangular_solve(square, c, adjoint=True))
-        # L^H, and W^H c with it
-        augmented = triangle(jnp.concatenate([m, c], axis=-1))
-        lh, d = augmented[..., :p], augmented[..., p:]
-        lh = jnp.where(both, lh, eye)
-        y = triangular_solve(lh, jnp.where(columns, d, 0))
-        y = triangular_solve(square, y)
-    else:
-        y_full = triangular_solve(square, d)
+
+    def whole():
+        """Where nothing is dropped the pivoted triangle is all it takes, and no product of two is formed."""
+        if adjoint:
+            return triangular_solve(square, triangular_solve(square, c, adjoint=True))
+        return triangular_solve(square, d)
+
+    def truncated():
+        m = H(jnp.where(columns, rp, 0))
+        if adjoint:
+            # L^H, and W^H c with it
+            augmented = triangle(jnp.concatenate([m, c], axis=-1))
+            lh, w_c = jnp.where(both, augmented[..., :p], eye), augmented[..., p:]
+            y = triangular_solve(lh, jnp.where(columns, w_c, 0))
+            return triangular_solve(square, y)
         # The seminormal equations of the minimum-norm solution are as accurate as W (Paige 1973).
         lh = jnp.where(both, triangle(m), eye)
-        y = mm(m, triangular_solve(lh, triangular_solve(lh, jnp.where(columns, d, 0), adjoint=True)))
-    return taken(where_matrix(full, y_full, y), order, -2)
+        return mm(m, triangular_solve(lh, triangular_solve(lh, jnp.where(columns, d, 0), adjoint=True)))
+
+    full, y = kept.all(-1), whole()
+    if p <= _FEW:
+        y = where_matrix(full, y, truncated())
+    else:  # a branch costs less than what is in it
+        y = cond(full.all(), lambda: y, lambda: where_matrix(full, y, truncated()), rp, d, c)
+    return taken(y, order, -2)
 
 
 def decompose(r: jax.Array, rcond: jax.Array) -> Kept:

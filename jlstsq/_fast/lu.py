@@ -16,16 +16,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .. import _library as library
 from .._decompose import certificate
 from .._norms import norm2_bound, norm_from_images, vectors
-from .._numerics import abs2, cond, mm
+from .._numerics import abs2, cond, inverse_permutation, largest, mm, varying
 
 # A matrix this small is left to Householder's method.
 _SMALLEST = 100
 # Bound of |I - A X| that is believed.
 _INEXACT = 0.5
+# What a bound from images may be too large by (some three times the factor of `_norms`), and the power of X
+# from which roots of it are sharp enough.
+_LOOSE, _SHARP = 8.0, 9
 
 
 class Inverse(NamedTuple):
@@ -52,6 +56,11 @@ def solve(a: jax.Array, b: jax.Array, squares: jax.Array) -> Inverse:
         c = library.triangular_solve(factors, c, lower=True, unit_diagonal=True)
         return library.triangular_solve(factors, c)
 
+    def adjoint_by_factors(c):
+        c = library.triangular_solve(factors, c, adjoint=True)
+        c = library.triangular_solve(factors, c, lower=True, unit_diagonal=True, adjoint=True)
+        return jnp.take_along_axis(c, inverse_permutation(permutation)[..., None], -2)
+
     g = vectors(a)
     c = jnp.concatenate([b, g], axis=-1)
     y = by_factors(c)
@@ -64,19 +73,40 @@ def solve(a: jax.Array, b: jax.Array, squares: jax.Array) -> Inverse:
     error = jnp.sqrt(abs2(b - mm(a, x)).sum(-2))
 
     inexact = norm_from_images(rest[..., k:])
-    y = y[..., k:] / jnp.where(inexact < _INEXACT, 1 - inexact, 0)[..., None, None].astype(y.dtype)
+    images = y[..., k:]
+    exact = jnp.where(inexact < _INEXACT, 1 - inexact, 0)
     # Relative to the Frobenius norm of A, so that no power of a small number is lost.
     size = jnp.sqrt(squares.sum(-1))
     unit = size[..., None, None].astype(a.dtype)
-    condition = norm_from_images(unit * y)
+    condition = norm_from_images(unit * images) / exact
     if jnp.finfo(a.dtype).bits == 32:
-        enough = certificate.full_rank(condition, jnp.full_like(condition, n * eps)).all()
-        condition = cond(
-            enough, lambda: condition, lambda: condition * jnp.minimum(1, norm2_bound(a / unit)), a
-        )
+        # Single precision has no room for loose bounds: they are sharpened where that may decide.
+        def full_rank(condition):
+            return certificate.full_rank(condition, jnp.full_like(condition, n * eps)).all()
+
+        def sharper():
+            norm = jnp.minimum(1, norm2_bound(a / unit))
+            up = jnp.sqrt(largest(abs2(images).sum(-2)))
+            down = (1 / jnp.where(up > 0, up, 1))[..., None, None].astype(a.dtype)
+
+            def may_decide(state):
+                _, power, bound = state
+                return ~full_rank(bound) & full_rank(bound / _LOOSE ** (1 / power)) & (power < _SHARP)
+
+            def step(state):
+                """From the images by X (X^H X)^i to those by one power more, i = (power - 1) / 2."""
+                z, power, _ = state
+                z, power = by_factors(adjoint_by_factors(z * down) * down), power + 2
+                return z, power, norm * size * up * norm_from_images(z) ** (1 / power) / exact
+
+            start = images * down, jnp.ones((), up.dtype), norm * condition
+            return lax.while_loop(may_decide, step, varying(start, a))[-1]
+
+        condition = cond(full_rank(condition), lambda: condition, sharper, a)
+    columns = columns.astype(a.dtype)
     return Inverse(
         solution=x,
         stable=error <= eps * allowed,
         condition=condition,
-        scaled=norm_from_images(columns.astype(y.dtype) * y),
+        scaled=norm_from_images(columns * images) / exact,
     )
