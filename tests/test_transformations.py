@@ -12,7 +12,7 @@ import problems
 import pytest
 from marks import slow, slow_cases
 
-from jlstsq import lstsq
+from jlstsq import factorize, lstsq
 
 DRIVERS = ("gels", "gelsy", "gelsd", "gelss")
 # Where the drivers run the same code, the default run takes one or two of them.
@@ -110,7 +110,7 @@ def single(shape, dtype):
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((3, 30, 10), np.complex64), *slow_cases(((2, 200, 70), np.float32))],
+    slow_cases(((3, 30, 10), np.complex64), ((2, 200, 70), np.float32)),
     ids=str,
 )
 def test_double_sums_under_vmap(shape, dtype):
@@ -283,6 +283,47 @@ def test_export_of_any_number_of_rows(driver, gradient, batch, precision):
     )
     A, b = (a.astype(dtype) for a in data((*batch, 30, 5), (*batch, 30)))
     np.testing.assert_allclose(exported.call(A, b), fun(A, b), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(("shape", "dtype"), [
+    ((5, 12), np.complex64),
+    *slow_cases(
+        ((12, 5), np.float64), ((120, 120), np.float32), ((400, 70), np.float32),
+        ((300, 8, 3), np.float64), ((40, 32, 8), np.float64), ((2, 130, 100), np.float64),
+    ),
+])  # fmt: skip
+def test_gelss_is_gelsd_on_a_cpu(shape, dtype):
+    """The same programs, to the last letter: `conftest.py` leaves out gelss' other tests there."""
+    A, B = (np.ones(s, dtype) for s in (shape, (*shape[:-1], 2)))
+    weights = np.ones(shape[:-1], A.real.dtype)
+
+    def programs(driver):
+        def plain(A, B, weights):
+            return lstsq(A, B, 0.1, driver=driver)
+
+        def weighted(A, B, weights):
+            factorization = factorize(A, driver=driver, weights=weights, ridge=weights[..., 0])
+            return factorization.lstsq(B), factorization.covariance()
+
+        for values in (plain, weighted):
+
+            def loss(*args, values=values):
+                results = jax.tree.leaves(values(*args))
+                return sum((abs(x) ** 2).sum() for x in results if x.dtype != int)
+
+            gradient = jax.grad(loss, (0, 1))
+            yield values, (A, B, weights)
+            yield gradient, (A, B, weights)
+            if shape == (12, 5):
+                yield (lambda *args, f=gradient: jax.jvp(f, args, args)), (A, B, weights)
+                yield jax.vmap(gradient), tuple(a[None] for a in (A, B, weights))
+
+    with jax.enable_x64(dtype == np.float64):
+        for one, other in zip(programs("gelsd"), programs("gelss"), strict=True):
+            texts = [jax.jit(fun).lower(*args).as_text() for fun, args in (one, other)]
+            assert texts[0] == texts[1]
+            assert len(texts[0]) > 1000
 
 
 @pytest.mark.cpu
