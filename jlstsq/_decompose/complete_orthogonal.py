@@ -88,7 +88,7 @@ def _solution(
 def decompose(r: jax.Array, rcond: jax.Array) -> Kept:
     """The factors of R_k."""
     rp, uh, perm, kept = _pivoted(r, rcond, identity_like(r))
-    return _factors(H(uh), rp, perm, kept)
+    return _factors(H(uh), taken(rp, inverse_permutation(perm), -1), rp, perm, kept)
 
 
 def decide(
@@ -105,7 +105,7 @@ def decide(
 
 def rebuild(r: jax.Array, perm: jax.Array, kept: jax.Array) -> Kept:
     """`decompose` of U^H R, from what `decide` returned."""
-    return _factors(identity_like(r), taken(r, perm, -1), perm, kept)
+    return _factors(identity_like(r), r, taken(r, perm, -1), perm, kept)
 
 
 def _pivoted(r: jax.Array, rcond: jax.Array, c: jax.Array) -> tuple[jax.Array, ...]:
@@ -143,18 +143,17 @@ def _pivoted(r: jax.Array, rcond: jax.Array, c: jax.Array) -> tuple[jax.Array, .
     return cond(believed.all(), lambda: at_once, otherwise, r, rcond, c)
 
 
-def _factors(u: jax.Array, rp: jax.Array, perm: jax.Array, kept: jax.Array) -> Kept:
-    """The kept part of R P = U Rp."""
+def _factors(u: jax.Array, r: jax.Array, rp: jax.Array, perm: jax.Array, kept: jax.Array) -> Kept:
+    """The kept part of R P = U Rp, from U^H R and Rp."""
     rows, columns = kept[..., :, None], kept[..., None, :]
     eye = identity_like(rp)
     # QR of the kept rows' adjoint, the last row first: L is upper triangular then. Zero columns stay zero
     # under Householder reflections, so what follows the first `rank` columns does not matter.
     rank, index = kept.sum(-1, keepdims=True, dtype=perm.dtype), indices(perm)
     reverse = jnp.where(index < rank, rank - 1 - index, index)
-    w, lh = qr(H(taken(jnp.where(rows, rp, 0), reverse, -2)))
+    w, lh = qr(H(taken(jnp.where(rows, r, 0), reverse, -2)))
     w = taken(w, reverse, -1)
     l = taken(taken(H(lh), reverse, -2), reverse, -1)  # noqa: E741
-    w = taken(w, inverse_permutation(perm), -2)
     e = (indices(perm)[..., :, None] == perm[..., None, :]) & columns
     return Kept(
         e=e.astype(rp.dtype),
